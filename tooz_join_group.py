@@ -1,0 +1,493 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["tooz>=7.0.0", "etcd3gw>=2.3.0", "pymemcache>=4.0.0"]
+# ///
+"""How do my nodes know who is alive? They join a group, with Tooz.
+
+Run it in two or three terminals at once, each under a name of its own:
+
+    python tooz_join_group.py clientA group1
+    python tooz_join_group.py clientB group1
+
+The lesson is the first function, join_and_watch():
+
+    1. create a coordinator and start its heartbeat
+    2. create the group, or find it there
+    3. join it
+    4. print its members
+    5. wait, and show who comes and goes
+    6. leave it and stop
+
+After it comes trouble: what a lesson leaves out, and a service must not. Last come words:
+what goes in, what comes out. Companion to "Creating, Joining and Leaving Groups",
+https://www.educative.io/courses/hackers-guide-scaling-python/creating-joining-and-leaving-groups
+"""
+
+import argparse
+import contextlib
+import errno
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import traceback
+import urllib.parse
+
+# While Tooz loads there is nothing to clean up: let Ctrl-C end us without a traceback.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+try:
+    from tooz import coordination
+except ImportError as missing:
+    sys.exit(f"{missing}. Install what is needed: pip install -r requirements.txt")
+
+LOOK_EVERY = 0.2  # Seconds between two looks at the list of members.
+UNEASY_AFTER = 2  # Seconds without an answer before we say that we are waiting.
+
+
+def join_and_watch(we):
+    """Take the six steps. SystemExit with the status, if something ends them early."""
+    me, group = we.client.encode(), we.group.encode()  # Tooz takes names as bytes.
+    wait_until_our_name_is_free(we)
+
+    # 1. The coordinator is our line to the backend. Its heart is a thread that beats
+    #    twice in each lease. If the beats stop, the backend forgets us at the lease's end.
+    with patience(we):
+        coordinator = coordination.get_coordinator(we.url, me)
+        coordinator.start(start_heart=True)
+        lease = coordinator.heartbeat()  # One beat by hand: it returns the lease (s).
+        say(we, f"1. started a coordinator on {we.backend}")
+        say(we, promises(coordinator, lease))
+
+    over = False
+    with until_it_is_time_to_go(we):
+        while not over:
+            with patience(we):
+                # 2. Whoever comes first creates the group. The call returns a future at
+                #    once; get() waits for its result, or raises what went wrong.
+                try:
+                    coordinator.create_group(group).get()
+                    say(we, f"2. created {we.group}")
+                except coordination.GroupAlreadyExist:
+                    say(we, f"2. found {we.group}")
+
+                # 3. The backend lists us from here on, for as long as our heart beats.
+                coordinator.heartbeat()  # On etcd: a new lease, if the old one ran out.
+                we.asked_to_join = True  # We may be in now, even if no answer comes.
+                try:
+                    coordinator.join_group(group).get()
+                    say(we, f"3. joined {we.group}")
+                except coordination.MemberAlreadyExist:
+                    sort_out_our_name(we, coordinator)
+                we.joined = True
+
+                # 4. The list is kept by the backend: all members see the same one.
+                members = coordinator.get_members(group).get()
+                say(we, f"4. {listing(members)}")
+
+            # 5. Nobody calls us when a member comes or goes: we look, again and again.
+            #    If we find that we were thrown out, the story starts over at step 2.
+            over = watch(we, coordinator, members, lease)
+        say(we, f"5. waited {we.wait:g} s")
+
+    # 6. We say that we leave, and the others see it at once. If we just stopped beating,
+    #    they would go on seeing us until our lease ends.
+    with patience(we):
+        try:
+            coordinator.leave_group(group).get()
+        except (coordination.MemberNotJoined, coordination.GroupNotCreated):
+            pass  # We were thrown out before. That is no error, as we wanted to go.
+        coordinator.stop()
+        say(we, f"6. left {we.group} and stopped")
+
+
+# --- Trouble ---
+
+
+class Late(BaseException):
+    """An answer took too long. Drivers catch Exception and carry on; this gets through."""
+
+
+@contextlib.contextmanager
+def patience(we):
+    """Put an end to waiting: the requests in this block get the URL's timeout, no more.
+
+    Silence and errors are told once, and so is the first answer after them. They end the
+    program (exit 1) if we are not a member yet; later they end only the block.
+    """
+    now = time.monotonic()
+    seconds = min(we.timeout, max(UNEASY_AFTER, we.deadline - now))
+    limit = now + seconds
+
+    def trouble(words):
+        end = limit if we.deadline == math.inf else max(limit, we.deadline)
+        if not we.in_trouble:
+            left = end - time.monotonic()
+            warn(we, f"{we.backend}: {words}; trying for another {left:.0f} s")
+        we.in_trouble = True
+
+    def ring(*_):
+        left = limit - time.monotonic()
+        if left <= 0:
+            raise Late(f"no answer within {seconds:.0f} s")
+        signal.setitimer(signal.ITIMER_REAL, left)
+        trouble("no answer")
+
+    signal.signal(signal.SIGALRM, ring)
+    try:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, min(UNEASY_AFTER, seconds))
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        if we.in_trouble:
+            warn(we, f"{we.backend} answers again")
+        we.in_trouble = False
+    except (Exception, Late) as error:  # noqa: BLE001 (drivers raise what they like)
+        if we.leaving:
+            warn(
+                we, f"could not leave {we.group}, {reason(error)}. Our lease ends that"
+            )
+            sys.exit(1)
+        if not we.joined:
+            give_up(we, error)
+        trouble(reason(error))
+
+
+def look(we, coordinator):
+    """Return the members' names, a set of bytes; None if the backend did not answer."""
+    with patience(we):
+        try:
+            return coordinator.get_members(we.group.encode()).get()
+        except coordination.GroupNotCreated:
+            return set()  # A group that is not there has no members.
+
+
+def wait_until_our_name_is_free(we):
+    """Return when no member has our name. If one alive has it, end the program (exit 1).
+
+    A name in the list belongs to somebody alive, or to somebody who crashed and whose
+    lease still runs. Nobody can tell which, except by waiting for one lease to end.
+    """
+    # We look under a name that no client can have. Beats under our own would keep a dead
+    # namesake looking alive, and on memcached our stop() would throw out a living one.
+    with patience(we):
+        them = f"{we.client}?".encode()
+        scout = coordination.get_coordinator(we.url, them, executor="sync")  # no thread
+        scout.start()
+        lease = scout.heartbeat()
+        if lease is None:  # ZooKeeper, for one: it watches our connection instead.
+            lease = we.timeout
+        if lease < 1:
+            raise ValueError("a lease must be 1 s or longer")
+    enough, limit = lease + 2, None  # Backends are a little late in forgetting.
+    while we.client.encode() in look(we, scout):
+        if limit is None:
+            limit = time.monotonic() + enough
+            warn(
+                we,
+                f"the name {we.client} is taken in {we.group}: by somebody alive, or by a"
+                f" crash not forgotten yet. Looking for {enough:g} s to see which",
+            )
+        left = limit - time.monotonic()
+        if left < 0:
+            warn(
+                we,
+                f"the name {we.client} is still taken: its owner is alive. Use another",
+            )
+            sys.exit(1)
+        status(we, f"{left:.0f} s left to look at the name {we.client}")
+        time.sleep(LOOK_EVERY)
+    with patience(we):
+        scout.stop()
+
+
+def sort_out_our_name(we, coordinator):
+    """Our name was free, and yet we cannot join under it: find out whose it is."""
+    group = we.group.encode()
+    if we.client.encode() not in coordinator.get_members(group).get():
+        # A crashed client on the file driver, which hides its file when the lease ends,
+        # and still refuses its name. Leaving under that name removes the file.
+        coordinator.leave_group(group).get()
+        coordinator.join_group(group).get()
+        say(we, f"3. joined {we.group}, after removing what a crash had left")
+    elif we.joined:
+        say(we, f"3. still in {we.group}")
+    else:
+        # A namesake joined in the instant since we looked. We go without leave_group()
+        # and stop(): both would hit the namesake.
+        warn(we, f"the name {we.client} was taken in {we.group} just now. Use another")
+        os._exit(1)
+
+
+def watch(we, coordinator, members, lease):
+    """Show who comes and goes. Return True when the wait is over, False if we are out."""
+    we.deadline = min(we.deadline, time.monotonic() + we.wait)
+    while (left := we.deadline - time.monotonic()) > 0:
+        status(we, f"{left:.0f} s left, {coordinator.heart.beats} heartbeats sent")
+        # On memcached, a look is one request for each member: in a crowd, look less often.
+        before = time.monotonic()
+        time.sleep(min(left, max(LOOK_EVERY, len(members) / 1000)))
+        slept = time.monotonic() - before
+        now = look(we, coordinator)
+        if now is None:
+            continue
+        # A group is a set, so the news are two differences. We say "gone", as Tooz cannot
+        # tell a member that left from one that died.
+        news = [(who, "joined") for who in now - members]
+        news += [(who, "gone") for who in members - now]
+        for who, what in sorted(news):
+            clock, who = time.strftime("%H:%M:%S"), who.decode(errors="replace")
+            say(we, f"{clock} {who} {what}, {listing(now)}")
+        members = now
+        if we.client.encode() not in members:
+            warn(we, f"we are not a member of {we.group} any more. Joining again")
+            return False
+        if lease and slept > lease:
+            # On files, our next beat brings us back by itself. But the others have seen
+            # us go, and may have acted on it.
+            warn(
+                we, f"we slept for {slept:.0f} s, longer than our lease. Joining again"
+            )
+            return False
+    return True
+
+
+def end_on_signals():
+    """Make Ctrl-C, SIGTERM and SIGHUP end the wait, by SystemExit with status 128+n."""
+
+    def end(number, _):
+        leave_undisturbed(signal.SIG_DFL)
+        sys.exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or & in a script
+            signal.signal(number, end)
+
+
+def leave_undisturbed(on_ctrl_c):
+    """Ignore further signals, as `timeout` sends SIGTERM twice. Only Ctrl-C is heard."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, on_ctrl_c)
+
+
+@contextlib.contextmanager
+def until_it_is_time_to_go(we):
+    """Run the block to its end or to a signal; from then on nothing interrupts leaving."""
+    try:
+        yield
+        # The first Ctrl-C from here on comes too late to end the wait; the second kills.
+        leave_undisturbed(lambda *_: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    except SystemExit as end:
+        if not we.asked_to_join:
+            raise
+        we.status = end.code
+    we.leaving = True
+    # A backend that is silent by now gets one last chance, a short one.
+    we.deadline = time.monotonic() + (0 if we.in_trouble else math.inf)
+
+
+def give_up(we, error):
+    """Say what went wrong, and what to do about it, and exit with status 1."""
+    scheme = we.url.partition("://")[0]
+    advice = ADVICE.get(scheme, EXAMPLES)
+    if isinstance(error, ImportError):
+        ours = scheme in ADVICE
+        advice = f"pip install {'-r requirements.txt' if ours else f'tooz[{scheme}]'}"
+    elif isinstance(error, ValueError) and not isinstance(error, OSError):
+        advice = EXAMPLES
+    warn(
+        we,
+        f"cannot use {we.backend}: {reason(error)}\n  {advice}\n"
+        "  Without a server: file:///tmp/tooz",
+    )
+    we.in_trouble = True
+    sys.exit(1)
+
+
+def reason(error):
+    """Return the cause of an error in words. Drivers wrap it, some in empty wrappers."""
+    chain = []
+    while error:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    texts = [str(one) for one in reversed(chain) if isinstance(one, OSError)]
+    texts += [getattr(one, "detail_text", None) for one in chain]
+    texts += [str(one) for one in chain]
+    texts += [re.sub("(?=[A-Z])", " ", type(chain[-1]).__name__).lower()]
+    words = next(text for text in texts if text and not text.startswith("<"))
+    words = re.sub(
+        r'.*"error": ?"([^"]+)".*|\[Errno -?\d+\] ?| ?\(_ssl\.c.*', r"\1", words
+    )
+    return "".join(one for one in words[:300] if one.isprintable())
+
+
+# --- Words ---
+
+ERASE = "\r\x1b[K"  # Takes the status line off a terminal.
+ADVICE = {
+    "etcd3+http": """Start etcd: etcd --data-dir /tmp/etcd-data
+  If it runs there with TLS: etcd3+https://HOST?ca_cert=FILE (its authority's certificate).
+  If it asks for a password: Tooz cannot give one to etcd.""",
+    "etcd3+https": "The certificate of the server's authority goes into ?ca_cert=FILE",
+    "memcached": """Start memcached: memcached -u memcache
+  If it runs: is that its port?""",
+}
+EXAMPLES = (
+    "BACKEND_URL is, for example, etcd3+http://localhost or memcached://localhost"
+)
+EPILOG = """\
+Run each client in a terminal of its own. Examples:
+  etcd:       tooz_join_group.py clientA group1
+  memcached:  tooz_join_group.py clientA group1 memcached://localhost:11211
+  no server:  tooz_join_group.py clientA group1 file:///tmp/tooz
+
+BACKEND_URL defaults to $TOOZ_BACKEND_URL, then to etcd3+http://localhost.
+Its ?timeout= sets the lease, in seconds: how long the backend keeps a silent
+member (and how long we wait for an answer). Quote it for the shell:
+  tooz_join_group.py clientA group1 'etcd3+http://localhost?timeout=5'
+
+Exit status: 0 done, 1 could not do it, 2 wrong arguments, 128+n ended by signal n.
+"""
+
+
+def options():
+    """Read the command line. On wrong arguments argparse exits, with status 2."""
+
+    def name(text):
+        # A "/" would put one group into another on etcd; a space confuses memcached.
+        if re.fullmatch(r"[A-Za-z0-9._-]{1,100}", text):
+            return text
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not 1 to 100 of the characters A-Z a-z 0-9 . _ -"
+        )
+
+    parser = argparse.ArgumentParser(
+        description="Join a group with Tooz, show who comes and goes, and leave.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add, error = parser.add_argument, parser.error
+    add("client", metavar="CLIENT", type=name, help="our name")
+    add("group", metavar="GROUP", type=name, help="the group to join")
+    add("url", metavar="BACKEND_URL", nargs="?", help="any Tooz URL")
+    add(
+        "--wait",
+        metavar="SECONDS",
+        type=float,
+        default=60,
+        help="how long to stay (60)",
+    )
+    add("--debug", action="store_true", help="show Tooz's own log, and tracebacks")
+    parser.error = lambda message: error(without_passwords(message))
+    we = parser.parse_args()
+    if not 0 <= we.wait < math.inf:
+        parser.error("--wait takes a number of seconds, 0 or more")
+    return we
+
+
+def check_url(url):
+    """Return a URL's timeout (s). Raise ValueError for mistakes that Tooz would not see."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme == "file" and (parts.netloc or not parts.path.startswith("/")):
+        raise ValueError("file:// takes an absolute path")
+    if not re.search(r"(^|@|\])[^:]*(:0*[1-9]\d*)?$", parts.netloc):
+        raise ValueError("the port is not a number from 1 to 65535")
+    timeout = urllib.parse.parse_qs(parts.query).get("timeout", ["30"])[-1]
+    if not re.fullmatch(r"[1-9]\d{0,5}", timeout):
+        raise ValueError("timeout= takes a whole number of seconds, 1 or more")
+    return int(timeout)
+
+
+def without_passwords(text):
+    """Return the text with the passwords of all URLs in it made unreadable."""
+    text = re.sub(r"(://[^:@\s]*:)\S*@", r"\1***@", text)
+    return re.sub(r"(password=)[^&\s]*", r"\1***", text)
+
+
+def promises(coordinator, lease):
+    """Say what the backend promises: its lease, and the characteristics of its driver."""
+    names = sorted(one.name for one in coordinator.CHARACTERISTICS)
+    words = ", ".join(names).lower().replace("_", " ").replace("distributed ", "")
+    kept = (
+        f"lease {lease:g} s (a silent member is kept so long)" if lease else "no lease"
+    )
+    return f"   {kept}; {words}"
+
+
+def listing(members):
+    """Return the members as they are always shown: sorted, on one line."""
+    return "members: " + (
+        b", ".join(sorted(members)).decode(errors="replace") or "(none)"
+    )
+
+
+def say(we, text, end="\n"):
+    """Print a line of the lesson at once. SystemExit(0) if its reader has gone."""
+    try:
+        print(
+            f"{ERASE if we.on_terminal else ''}{we.client}: {text}", end=end, flush=True
+        )
+    except OSError as error:
+        sys.stdout = None  # From here on, print() prints nothing.
+        if error.errno in (errno.EPIPE, errno.EIO):  # a pipe's reader, a terminal
+            sys.exit(0)
+        warn(we, f"cannot write: {error.strerror}")
+        sys.exit(1)
+
+
+def status(we, text):
+    """Redraw the status line. A terminal has one, a pipe has not."""
+    if we.on_terminal:
+        room = shutil.get_terminal_size().columns - len(we.client) - 3
+        say(we, text[: max(0, room)], end="")
+
+
+def warn(we, text):
+    """Print trouble on stderr; with --debug, also the traceback of the error at hand."""
+    if we.debug and sys.exc_info()[1]:
+        text = f"{text}\n{traceback.format_exc()}"
+    with contextlib.suppress(OSError):  # stderr may have gone, like stdout.
+        print(ERASE if we.on_terminal else "", end="", flush=True)
+        print(f"{we.client}: {without_passwords(text)}", file=sys.stderr, flush=True)
+
+
+def main():
+    """Run the program; return its exit status."""
+    we = options()
+    we.url = we.url or os.environ.get("TOOZ_BACKEND_URL") or "etcd3+http://localhost"
+    we.backend = without_passwords(we.url)
+    we.on_terminal = bool(sys.stdout and sys.stdout.isatty())
+    we.timeout, we.deadline, we.status = 30, math.inf, 0
+    we.asked_to_join = we.joined = we.leaving = we.in_trouble = False
+    if we.debug:
+        logging.basicConfig()
+        logging.getLogger("tooz").setLevel(logging.DEBUG)
+    else:
+        logging.disable()  # Or the heart would warn each second that the backend is away.
+    end_on_signals()
+    try:
+        if we.url.startswith(
+            "etcd3://"
+        ):  # The lesson's form. Its driver has left Tooz.
+            we.url = we.url.replace("etcd3", "etcd3+http", 1)
+            say(we, f"{we.backend} is now {(shown := without_passwords(we.url))}")
+            we.backend = shown
+        with patience(we):
+            we.timeout = check_url(we.url)
+        join_and_watch(we)
+    except SystemExit as end:
+        return end.code or we.status
+    return we.status
+
+
+if __name__ == "__main__":
+    # A request that is never answered keeps its thread, which would keep us: do not wait.
+    os._exit(main())
