@@ -1,0 +1,335 @@
+"""Real backends on free ports, and the script as a process, as users run it."""
+
+import contextlib
+import io
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import mirakuru
+import pexpect.popen_spawn
+import port_for
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SCRIPT = ROOT / "tooz_join_group.py"
+LIMIT = (
+    60  # Seconds to wait for what must come. Machines are slow; no test is about speed.
+)
+CLOCK = r"\d\d:\d\d:\d\d"
+
+# What changes how a URL is reached has no place in a test.
+for name in [*os.environ]:
+    if re.fullmatch(
+        r"(?i)(\w+_proxy|(requests|curl)_ca_bundle|tooz_backend_url)", name
+    ):
+        del os.environ[name]
+
+
+def command(*arguments):
+    """Return the command line of the script, as a list."""
+    return [sys.executable, str(SCRIPT), *map(str, arguments)]
+
+
+def run(*arguments, **options):
+    """Run the script to its end; return its CompletedProcess, with text in it."""
+    options = {"capture_output": True, "text": True, "timeout": LIMIT, **options}
+    done = subprocess.run(command(*arguments), check=False, **options)
+    assert "Traceback" not in done.stderr or "--debug" in arguments
+    return done
+
+
+class Watched:
+    """What both kinds of client below share: patterns to wait for, and an end."""
+
+    def begin(self):
+        self.logfile_read = io.StringIO()
+
+    def sees(self, *patterns):
+        """Wait until the patterns appear in the output, one after the other."""
+        for pattern in patterns:
+            try:
+                self.expect(pattern, timeout=LIMIT)
+            except (pexpect.TIMEOUT, pexpect.EOF) as error:
+                pytest.fail(
+                    f"{pattern!r} did not come ({type(error).__name__}):\n{self.transcript}"
+                )
+
+    @property
+    def transcript(self):
+        """All output until now."""
+        return self.logfile_read.getvalue()
+
+    def hit(self, number):
+        """Send a signal to the script."""
+        os.kill(self.pid, number)
+
+
+class Client(Watched, pexpect.popen_spawn.PopenSpawn):
+    """The script, writing to a pipe: stdout and stderr together."""
+
+    def __init__(self, *arguments, under=()):
+        super().__init__(
+            [*under, *command(*arguments)],
+            encoding="utf-8",
+            # Whoever started pytest may ignore Ctrl-C, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        self.begin()
+
+    def ends(self, status, timeout=LIMIT):
+        """Wait for the script's end; hold it to its status and to no traceback."""
+        self.expect(pexpect.EOF, timeout=timeout)
+        assert self.proc.wait(timeout) == status, self.transcript
+        assert "Traceback" not in self.transcript, self.transcript
+
+
+class TerminalClient(Watched, pexpect.spawn):
+    """The script in a real terminal of 80 columns."""
+
+    def __init__(self, *arguments):
+        super().__init__(
+            *command(*arguments)[:1], command(*arguments)[1:], encoding="utf-8"
+        )
+        self.begin()
+
+    def ends(self, status):
+        """Wait for the script's end; hold it to its status and to no traceback."""
+        self.expect(pexpect.EOF, timeout=LIMIT)
+        self.close()
+        assert self.exitstatus == status, self.transcript
+        assert "Traceback" not in self.transcript, self.transcript
+
+
+@pytest.fixture
+def start():
+    """Start clients with start(name, group, url, …); none survives its test."""
+    clients = []
+
+    def start(*arguments, kind=Client, **options):
+        clients.append(kind(*arguments, **options))
+        return clients[-1]
+
+    yield start
+    for client in clients:
+        with contextlib.suppress(ProcessLookupError):
+            client.hit(signal.SIGKILL)
+        if isinstance(client, Client):
+            client.proc.wait()
+        else:
+            client.close(force=True)
+
+
+class Server:
+    """What all backends share: a URL, and, where there is one, a process to torment."""
+
+    executors = ()
+
+    def url(self, **options):
+        """Return the Tooz URL, with options in its query."""
+        query = "&".join(f"{key}={value}" for key, value in options.items())
+        return self.base + ("?" + query if query else "")
+
+    def start(self):
+        for executor in self.executors:
+            executor.start()
+        return self
+
+    def kill(self):
+        for executor in self.executors:
+            executor.kill()
+
+    def pause(self):
+        for executor in self.executors:
+            os.killpg(executor.process.pid, signal.SIGSTOP)
+
+    def resume(self):
+        for executor in self.executors:
+            os.killpg(executor.process.pid, signal.SIGCONT)
+
+
+def executor(kind, arguments, *where):
+    """Return a mirakuru executor of that kind, for a command that need not be heard."""
+    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    if kind is mirakuru.HTTPExecutor:
+        quiet["method"] = "GET"  # etcd refuses HEAD
+    return kind(arguments, *where, timeout=LIMIT, **quiet)
+
+
+class Etcd(Server):
+    """One etcd; `cluster` maps the names of its members to their peer ports."""
+
+    def __init__(self, folder, port=None, name="default", cluster=None, tls=()):
+        self.folder, self.port = folder / name, port or port_for.select_random()
+        cluster = cluster or {name: port_for.select_random()}
+        scheme = "https" if tls else "http"
+        client = f"{scheme}://127.0.0.1:{self.port}"
+        peer = f"http://127.0.0.1:{cluster[name]}"
+        peers = [f"{one}=http://127.0.0.1:{at}" for one, at in cluster.items()]
+        self.base, self.endpoint = f"etcd3+{client}", client
+        arguments = ["etcd", "--name", name, "--data-dir", str(self.folder), *tls]
+        arguments += ["--listen-client-urls", client, "--advertise-client-urls", client]
+        arguments += ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]
+        arguments += ["--initial-cluster", ",".join(peers)]
+        if tls:
+            self.executors = [
+                executor(mirakuru.TCPExecutor, arguments, "127.0.0.1", self.port)
+            ]
+        else:
+            self.executors = [
+                executor(mirakuru.HTTPExecutor, arguments, f"{client}/health")
+            ]
+
+    def ctl(self, *arguments):
+        """Run etcdctl; return its output."""
+        environment = {**os.environ, "ETCDCTL_API": "3"}
+        return subprocess.run(
+            ["etcdctl", "--endpoints", self.endpoint, *arguments],
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+
+    def forget(self):
+        """Come back empty."""
+        self.kill()
+        shutil.rmtree(self.folder)
+        self.start()
+
+    def wipe(self):
+        """Throw all members out: revoke their leases."""
+        for lease in re.findall(
+            r"^[0-9a-f]{8,}$", self.ctl("lease", "list"), re.MULTILINE
+        ):
+            self.ctl("lease", "revoke", lease)
+
+
+class Cluster(Etcd):
+    """Three etcds behind etcd's own TCP gateway, whose address the clients get."""
+
+    def __init__(self, folder):
+        peers = {f"node{one}": port_for.select_random() for one in range(3)}
+        self.nodes = [Etcd(folder, name=name, cluster=peers) for name in peers]
+        gateway = port_for.select_random()
+        addresses = [f"127.0.0.1:{node.port}" for node in self.nodes]
+        arguments = ["etcd", "gateway", "start", "--endpoints", ",".join(addresses)]
+        arguments += ["--listen-addr", f"127.0.0.1:{gateway}", "--retry-delay", "1s"]
+        self.base = f"etcd3+http://127.0.0.1:{gateway}"
+        self.endpoint = ",".join(addresses)
+        self.gateway = executor(mirakuru.TCPExecutor, arguments, "127.0.0.1", gateway)
+        self.executors = [*(node.executors[0] for node in self.nodes), self.gateway]
+
+    def start(self):
+        # A node is healthy only once it has met a second one: start all, then wait.
+        for node in self.nodes:
+            mirakuru.base.SimpleExecutor.start(node.executors[0])
+        for node in self.nodes:
+            node.executors[0].wait_for(node.executors[0].after_start_check)
+        self.gateway.start()
+        return self
+
+    def forget(self):
+        self.kill()
+        for node in self.nodes:
+            shutil.rmtree(node.folder)
+        self.start()
+
+    def split(self):
+        """Return the nodes as (the leader, the others)."""
+        table = self.ctl("endpoint", "status", "--write-out", "fields")
+        ids = re.findall(r'"MemberID" : (\d+)', table)
+        leader = re.search(r'"Leader" : (\d+)', table).group(1)
+        nodes = dict(zip(ids, self.nodes))
+        return nodes.pop(leader), [*nodes.values()]
+
+
+class Memcached(Server):
+    def __init__(self, folder):
+        self.port = port_for.select_random()
+        self.base = f"memcached://127.0.0.1:{self.port}"
+        arguments = [
+            "memcached",
+            "-u",
+            "nobody",
+            "-l",
+            "127.0.0.1",
+            "-p",
+            str(self.port),
+        ]
+        self.executors = [
+            executor(mirakuru.TCPExecutor, arguments, "127.0.0.1", self.port)
+        ]
+
+    def forget(self):
+        self.kill()
+        self.start()
+
+    def wipe(self):
+        with socket.create_connection(("127.0.0.1", self.port)) as line:
+            line.sendall(b"flush_all\r\n")
+            assert line.recv(100) == b"OK\r\n"
+
+
+class Files(Server):
+    def __init__(self, folder):
+        self.folder = folder / "tooz"
+        self.base = f"file://{self.folder}"
+
+    def wipe(self):
+        for member in self.folder.glob("groups/*/*.raw"):
+            member.unlink()
+
+
+BACKENDS = {"etcd": Etcd, "cluster": Cluster, "memcached": Memcached, "file": Files}
+
+
+@pytest.fixture(scope="session")
+def shared_servers(tmp_path_factory):
+    """Return a function from a backend's name to a running one, shared by many tests."""
+    servers = {}
+
+    def server(name):
+        if name not in servers:
+            servers[name] = BACKENDS[name](tmp_path_factory.mktemp(name)).start()
+        return servers[name]
+
+    yield server
+    for one in servers.values():
+        one.kill()
+
+
+@pytest.fixture
+def backend(request, shared_servers):
+    """A backend that many tests use at once: do it no harm."""
+    return shared_servers(request.param)
+
+
+@pytest.fixture
+def own_backend(request, tmp_path):
+    """A backend of the test's own, to torment."""
+    server = BACKENDS[request.param](tmp_path)
+    try:
+        yield server.start()
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def group(request):
+    """A group of the test's own."""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", request.node.name).strip("-")
+    return f"{name[:60]}.{time.time_ns() % 10**9}"
+
+
+def three(fixture="backend"):
+    """Run a test on etcd, memcached and files."""
+    return pytest.mark.parametrize(
+        fixture, ["etcd", "memcached", "file"], indirect=True
+    )
