@@ -186,6 +186,10 @@ class Etcd(Server):
                 executor(mirakuru.HTTPExecutor, arguments, f"{client}/health")
             ]
 
+    def wait_until_healthy(self):
+        """Wait until this node knows a leader, and answers."""
+        self.executors[0].wait_for(self.executors[0].after_start_check)
+
     def ctl(self, *arguments):
         """Run etcdctl; return its output."""
         environment = {**os.environ, "ETCDCTL_API": "3"}
@@ -231,7 +235,7 @@ class Cluster(Etcd):
         for node in self.nodes:
             mirakuru.base.SimpleExecutor.start(node.executors[0])
         for node in self.nodes:
-            node.executors[0].wait_for(node.executors[0].after_start_check)
+            node.wait_until_healthy()
         self.gateway.start()
         return self
 

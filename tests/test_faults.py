@@ -1,0 +1,364 @@
+"""What can go wrong, on every backend that can show it.
+
+Each test proves the cells of one row of the README's table "What you will see";
+test_readme.py holds the two together.
+"""
+
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+from conftest import BACKENDS, CLOCK, LIMIT, TerminalClient, command, run
+
+ALL = ["etcd", "cluster", "memcached", "file"]
+SERVERS = ["etcd", "cluster", "memcached"]
+LEASE = 4  # Seconds: short enough to wait for, long enough for a busy machine.
+ROWS = {}  # The rows of the README's table: the backends that tests prove them on.
+
+
+def fault(row, backends, fixture="backend"):
+    """Mark a test as the proof of a row of the table, on these backends."""
+    ROWS.setdefault(row, set()).update(backends)
+    return pytest.mark.parametrize(fixture, backends, indirect=True)
+
+
+def pair(start, group, url, *options):
+    """Return two clients that see each other."""
+    a = start("A", group, url, *options)
+    a.sees("4. members: A\n")
+    b = start("B", group, url, *options)
+    b.sees("4. members: A, B\n")
+    a.sees(f"A: {CLOCK} B joined, members: A, B\n")
+    return a, b
+
+
+def both_answer(start, group, url, a, b):
+    """A third client joins: all three must show all three. Then let A and B go."""
+    c = start("C", group, url, "--wait", "1")
+    c.sees("4. members: A, B, C\n")
+    for client in a, b:
+        client.sees("C joined, members: A, B, C\n")
+    so_far = a.transcript + b.transcript
+    for client in a, b:
+        client.hit(signal.SIGINT)
+    for client in a, b:
+        client.sees(f"6. left {group} and stopped\n")
+        client.ends(130)
+    return so_far
+
+
+# --- Ways to end ---
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
+)
+@fault("Ctrl-C, SIGTERM, SIGHUP", ALL)
+def test_signal(backend, group, start, number, status):
+    """The client leaves, the other sees it, the status says why."""
+    a, b = pair(start, group, backend.url())
+    b.hit(number)
+    b.sees(f"B: 6. left {group} and stopped\n")
+    a.sees(f"{CLOCK} B gone, members: A\n")
+    b.ends(status)
+    assert "5. waited" not in b.transcript
+
+
+@fault("a closed terminal", ALL)
+def test_closed_terminal(backend, group, start):
+    """The kernel sends SIGHUP, and nothing can be written any more: the client leaves."""
+    a = start("A", group, backend.url())
+    a.sees("4. members: A\n")
+    b = start("B", group, backend.url(), kind=TerminalClient)
+    b.sees("heartbeats sent")
+    a.sees("B joined, members: A, B\n")
+    b.ptyproc.fileobj.close()
+    a.sees("B gone, members: A\n")
+    b.wait()
+    assert b.exitstatus == 129
+
+
+@fault("the reader goes away (`| head -n 2`)", ALL)
+def test_reader_goes_away(backend, group, start):
+    """Quietly: no message, status 0, and not a member any more."""
+    a = start("A", group, backend.url())
+    a.sees("4. members: A\n")
+    pipe = subprocess.Popen(
+        ["bash", "-c", '"$@" | head -n 5; exit ${PIPESTATUS[0]}', "-"]
+        + command("B", group, backend.url()),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    a.sees("B joined, members: A, B\n")
+    start("C", group, backend.url(), "--wait", "1").ends(0)  # Gives B something to say.
+    a.sees("B gone, members: A")
+    output, _ = pipe.communicate(timeout=LIMIT)
+    assert pipe.returncode == 0
+    assert output.splitlines()[-1] == "B: 4. members: A, B"
+
+
+@fault("`kill -9`", ALL)
+def test_crash(backend, group, start):
+    """A crashed client stays a member until its lease ends."""
+    a, b = pair(start, group, backend.url(timeout=LEASE))
+    b.hit(signal.SIGKILL)
+    crashed = time.monotonic()
+    a.sees(f"{CLOCK} B gone, members: A\n")
+    # Its last heartbeat was at most half a lease old, and servers count whole seconds.
+    assert time.monotonic() - crashed > LEASE / 2 - 1.1
+
+
+# --- Silence ---
+
+
+@fault("suspended for longer than the lease, then resumed", ALL)
+def test_suspended(backend, group, start):
+    """Both sides see it: gone for the others, and back again."""
+    a, b = pair(start, group, backend.url(timeout=LEASE))
+    b.hit(signal.SIGSTOP)
+    a.sees(f"{CLOCK} B gone, members: A\n")
+    b.hit(signal.SIGCONT)
+    b.sees(
+        "Joining again\n",
+        f"2. found {group}\n",
+        "3. (joined|still in)",
+        "4. members: A, B",
+    )
+    a.sees(f"{CLOCK} B joined, members: A, B\n")
+    b.hit(signal.SIGTERM)
+    b.ends(143)
+    a.sees("B gone, members: A\n")
+
+
+# --- One name twice ---
+
+
+@fault("the same name again, while its owner is alive", ALL)
+def test_name_of_the_living(backend, group, start):
+    """The second one waits for a lease, and gives up. The owner notices nothing."""
+    a, b = pair(start, group, backend.url(timeout=LEASE))
+    done = run("B", group, backend.url(timeout=LEASE))
+    assert f"B: the name B is taken in {group}: by somebody alive, or" in done.stderr
+    assert f"Looking for {LEASE + 2} s to see which" in done.stderr
+    assert "B: the name B is still taken: its owner is alive" in done.stderr
+    assert (done.stdout, done.returncode) == ("", 1)
+    start("C", group, backend.url(timeout=LEASE), "--wait", "1").ends(0)
+    a.sees("C joined, members: A, B, C\n")
+    for client in a, b:
+        assert "B gone" not in client.transcript
+        assert "Joining again" not in client.transcript
+
+
+@fault("the same name again, right after its owner crashed", ALL)
+def test_name_of_the_dead(backend, group, start):
+    """The second one joins as soon as the first one's lease has ended."""
+    a, b = pair(start, group, backend.url(timeout=LEASE))
+    b.hit(signal.SIGKILL)
+    b = start("B", group, backend.url(timeout=LEASE))
+    b.sees("the name B is taken", "3. joined", "4. members: A, B\n")
+    b.hit(signal.SIGINT)
+    b.ends(130)
+    a.sees("B gone, members: A\n")
+
+
+# --- The backend ---
+
+
+@fault("the backend restarts with its data", ["etcd", "cluster"], "own_backend")
+def test_restart(own_backend, group, start):
+    """Said once, over once; nobody is gone."""
+    url = own_backend.url(timeout=10)
+    a, b = pair(start, group, url)
+    own_backend.kill()
+    for client in a, b:
+        client.sees(f"{re.escape(url)}: .*; trying for another \\d+ s\n")
+    own_backend.start()
+    for client in a, b:
+        client.sees("answers again\n")
+    seen = both_answer(start, group, url, a, b)
+    assert seen.count("trying for another") == seen.count("answers again") == 2
+    assert "gone" not in seen
+
+
+@fault("the backend restarts without its data", SERVERS, "own_backend")
+def test_restart_empty(own_backend, group, start):
+    """All are thrown out, and all join again."""
+    url = own_backend.url(timeout=10)
+    a, b = pair(start, group, url)
+    own_backend.kill()
+    for client in a, b:
+        client.sees("; trying for another")
+    own_backend.forget()
+    for client in a, b:
+        client.sees("answers again\n", "Joining again\n", "3. joined")
+    both_answer(start, group, url, a, b)
+
+
+@fault("the backend hangs for a few seconds", SERVERS, "own_backend")
+def test_hang(own_backend, group, start):
+    """Said once, over once; nobody is gone."""
+    url = own_backend.url(timeout=20)
+    a, b = pair(start, group, url)
+    own_backend.pause()
+    for client in a, b:
+        client.sees(": no answer; trying for another")
+    own_backend.resume()
+    for client in a, b:
+        client.sees("answers again\n")
+    seen = both_answer(start, group, url, a, b)
+    assert seen.count("no answer") == seen.count("answers again") == 2
+    assert "gone" not in seen
+
+
+@pytest.mark.parametrize("way", ["refuses", "is mute"])
+@fault("the backend is gone for good", SERVERS, "own_backend")
+def test_gone_for_good(own_backend, group, start, way):
+    """Tried until the wait is over, then status 1, and no hang."""
+    a, b = pair(start, group, own_backend.url(), "--wait", "6")
+    own_backend.kill() if way == "refuses" else own_backend.pause()
+    for client in a, b:
+        client.sees("; trying for another", "5. waited 6 s\n")
+        client.sees(f"could not leave {group}.* Our lease ends that\n")
+        client.ends(1)
+        assert client.transcript.count("trying for another") == 1
+
+
+@fault("all members wiped", ALL, "own_backend")
+def test_wiped(own_backend, group, start):
+    """Leases revoked, flush_all, files deleted: all join again."""
+    a, b = pair(start, group, own_backend.url())
+    own_backend.wipe()
+    for client in a, b:
+        client.sees("Joining again\n", f"2. (found|created) {group}\n", "3. joined")
+    both_answer(start, group, own_backend.url(), a, b)
+
+
+@fault("one node of three killed: the leader", ["cluster"], "own_backend")
+def test_leader_killed(own_backend, group, start):
+    """Nobody is gone, and a third one can join."""
+    url = own_backend.url(timeout=10)
+    a, b = pair(start, group, url)
+    leader, others = own_backend.split()
+    leader.kill()
+    for node in others:
+        node.wait_until_healthy()
+    assert "gone" not in both_answer(start, group, url, a, b)
+
+
+@fault("two nodes of three killed, then back", ["cluster"], "own_backend")
+def test_majority_killed(own_backend, group, start):
+    """Without a majority nothing is answered; with it, the group lives on."""
+    url = own_backend.url(timeout=5)
+    a, b = pair(start, group, url)
+    leader, (other, _) = own_backend.split()
+    for node in leader, other:
+        node.kill()
+    for client in a, b:
+        client.sees("; trying for another")
+    for node in leader, other:
+        node.executors[0].start()
+    for client in a, b:
+        client.sees("answers again\n")
+    both_answer(start, group, url, a, b)
+
+
+# --- Crowds ---
+
+
+@fault("50 clients join at once, and leave at once", ALL)
+def test_crowd(backend, group, start):
+    """All get in, the watcher sees all of them, and all get out."""
+    url = backend.url(timeout=60)
+    watcher = start("watcher", group, url, "--wait", "600")
+    watcher.sees("4. members: watcher\n")
+    names = [f"c{one:02}" for one in range(50)]
+    crowd = [
+        subprocess.Popen(
+            command(name, group, url, "--wait", "600"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in names
+    ]
+    try:
+        watcher.sees("members: " + ", ".join([*names, "watcher"]) + "\n")
+        for client in crowd:
+            client.send_signal(signal.SIGTERM)
+        watcher.sees("gone, members: watcher\n")
+        for client in crowd:
+            _, errors = client.communicate(timeout=LIMIT)
+            assert "Traceback" not in errors
+            assert client.returncode == 143, errors
+    finally:
+        for client in crowd:
+            client.kill()
+            client.wait()
+    assert "watcher gone" not in watcher.transcript
+
+
+# --- Ways to end that no table needs ---
+
+
+def test_second_ctrl_c_kills(tmp_path, group, start):
+    """While leaving is stuck, a second Ctrl-C ends it at once, without a traceback."""
+    server = BACKENDS["memcached"](tmp_path).start()
+    try:
+        a = start("A", group, server.url())
+        a.sees("4. members: A\n")
+        server.pause()
+        a.hit(signal.SIGINT)
+        a.sees("no answer; trying for another")
+        a.hit(signal.SIGINT)
+        a.ends(-signal.SIGINT)
+    finally:
+        server.kill()
+
+
+def test_timeout_command(shared_servers, group, start):
+    """`timeout` sends SIGTERM twice in a row; the client leaves all the same."""
+    url = shared_servers("memcached").url()
+    a = start("A", group, url)
+    a.sees("4. members: A\n")
+    b = start("B", group, url, under=["timeout", "10"])
+    b.sees("B: 6. left")
+    b.ends(124)
+    a.sees("B joined", "B gone")
+
+
+def test_nohup(shared_servers, group, start):
+    """nohup has SIGHUP ignored, and that stays so."""
+    a = start("A", group, shared_servers("file").url(), "--wait", "3", under=["nohup"])
+    a.sees("4. members: A\n")
+    a.hit(signal.SIGHUP)
+    a.sees("5. waited 3 s\n", "6. left")
+    a.ends(0)
+
+
+def test_signal_before_joining(shared_servers, group, start):
+    """Nothing to leave: the status alone tells."""
+    url = shared_servers("etcd").url(timeout=30)
+    start("A", group, url).sees("4. members: A\n")
+    second = start("A", group, url)
+    second.sees("the name A is taken")
+    second.hit(signal.SIGINT)
+    second.ends(130)
+
+
+def test_full_disk(shared_servers, group):
+    """What cannot be written is said, once, and the client leaves."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command("A", group, shared_servers("file").url()),
+            check=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=LIMIT,
+        )
+    assert done.stderr == "A: cannot write: No space left on device\n"
+    assert done.returncode == 1
