@@ -38,7 +38,7 @@ import time
 import traceback
 import urllib.parse
 
-# While Tooz loads there is nothing to clean up: let Ctrl-C end us without a traceback.
+# Until we join there is nothing to clean up: let Ctrl-C just end us, without a traceback.
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 try:
@@ -78,7 +78,6 @@ def join_and_watch(we):
 
                 # 3. The backend lists us from here on, for as long as our heart beats.
                 coordinator.heartbeat()  # On etcd: a new lease, if the old one ran out.
-                we.asked_to_join = True  # We may be in now, even if no answer comes.
                 try:
                     coordinator.join_group(group).get()
                     say(we, f"3. joined {we.group}")
@@ -150,9 +149,8 @@ def patience(we):
         we.in_trouble = False
     except (Exception, Late) as error:  # noqa: BLE001 (drivers raise what they like)
         if we.leaving:
-            warn(
-                we, f"could not leave {we.group}, {reason(error)}. Our lease ends that"
-            )
+            warn(we, f"could not leave {we.group}: {reason(error)}")
+            warn(we, "the backend will forget us when our lease ends")
             sys.exit(1)
         if not we.joined:
             give_up(we, error)
@@ -177,8 +175,10 @@ def wait_until_our_name_is_free(we):
     # We look under a name that no client can have. Beats under our own would keep a dead
     # namesake looking alive, and on memcached our stop() would throw out a living one.
     with patience(we):
-        them = f"{we.client}?".encode()
-        scout = coordination.get_coordinator(we.url, them, executor="sync")  # no thread
+        other = f"{we.client}?".encode()
+        scout = coordination.get_coordinator(
+            we.url, other, executor="sync"
+        )  # no thread
         scout.start()
         lease = scout.heartbeat()
         if lease is None:  # ZooKeeper, for one: it watches our connection instead.
@@ -191,15 +191,14 @@ def wait_until_our_name_is_free(we):
             limit = time.monotonic() + enough
             warn(
                 we,
-                f"the name {we.client} is taken in {we.group}: by somebody alive, or by a"
-                f" crash not forgotten yet. Looking for {enough:g} s to see which",
+                f"the name {we.client} is taken, by somebody alive or by a crash that",
+            )
+            warn(
+                we, f"is not forgotten yet. Looking for up to {enough:g} s to see which"
             )
         left = limit - time.monotonic()
         if left < 0:
-            warn(
-                we,
-                f"the name {we.client} is still taken: its owner is alive. Use another",
-            )
+            warn(we, "its owner is alive (or has a longer lease). Use another name")
             sys.exit(1)
         status(we, f"{left:.0f} s left to look at the name {we.client}")
         time.sleep(LOOK_EVERY)
@@ -251,47 +250,38 @@ def watch(we, coordinator, members, lease):
         if lease and slept > lease:
             # On files, our next beat brings us back by itself. But the others have seen
             # us go, and may have acted on it.
-            warn(
-                we, f"we slept for {slept:.0f} s, longer than our lease. Joining again"
-            )
+            warn(we, f"we slept {slept:.0f} s, longer than our lease. Joining again")
             return False
     return True
 
 
-def end_on_signals():
-    """Make Ctrl-C, SIGTERM and SIGHUP end the wait, by SystemExit with status 128+n."""
+@contextlib.contextmanager
+def until_it_is_time_to_go(we):
+    """Run the block until it ends, or Ctrl-C, SIGTERM or SIGHUP ends it; then we leave."""
 
     def end(number, _):
         leave_undisturbed(signal.SIG_DFL)
         sys.exit(128 + number)
 
+    def leave_undisturbed(on_ctrl_c):
+        # `timeout` sends SIGTERM twice, a terminal SIGHUP too: hear only a tired Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, on_ctrl_c)
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or & in a script
             signal.signal(number, end)
-
-
-def leave_undisturbed(on_ctrl_c):
-    """Ignore further signals, as `timeout` sends SIGTERM twice. Only Ctrl-C is heard."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, on_ctrl_c)
-
-
-@contextlib.contextmanager
-def until_it_is_time_to_go(we):
-    """Run the block to its end or to a signal; from then on nothing interrupts leaving."""
     try:
         yield
-        # The first Ctrl-C from here on comes too late to end the wait; the second kills.
+        # A Ctrl-C from here on comes too late to end the wait. The second one kills.
         leave_undisturbed(lambda *_: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    except SystemExit as end:
-        if not we.asked_to_join:
-            raise
-        we.status = end.code
+    except SystemExit as end_of_wait:
+        we.status = end_of_wait.code
     we.leaving = True
     # A backend that is silent by now gets one last chance, a short one.
-    we.deadline = time.monotonic() + (0 if we.in_trouble else math.inf)
+    we.deadline = time.monotonic() if we.in_trouble else math.inf
 
 
 def give_up(we, error):
@@ -303,13 +293,9 @@ def give_up(we, error):
         advice = f"pip install {'-r requirements.txt' if ours else f'tooz[{scheme}]'}"
     elif isinstance(error, ValueError) and not isinstance(error, OSError):
         advice = EXAMPLES
-    warn(
-        we,
-        f"cannot use {we.backend}: {reason(error)}\n  {advice}\n"
-        "  Without a server: file:///tmp/tooz",
-    )
-    we.in_trouble = True
-    sys.exit(1)
+    advice += "\n  Without a server: file:///tmp/tooz"
+    warn(we, f"cannot use {we.backend}: {reason(error)}\n  {advice}")
+    os._exit(1)
 
 
 def reason(error):
@@ -321,11 +307,10 @@ def reason(error):
     texts = [str(one) for one in reversed(chain) if isinstance(one, OSError)]
     texts += [getattr(one, "detail_text", None) for one in chain]
     texts += [str(one) for one in chain]
-    texts += [re.sub("(?=[A-Z])", " ", type(chain[-1]).__name__).lower()]
+    texts += [re.sub("(?!^)(?=[A-Z])", " ", type(chain[-1]).__name__).lower()]
     words = next(text for text in texts if text and not text.startswith("<"))
-    words = re.sub(
-        r'.*"error": ?"([^"]+)".*|\[Errno -?\d+\] ?| ?\(_ssl\.c.*', r"\1", words
-    )
+    words = re.sub(r'.*"error": ?"([^"]+)".*', r"\1", words)  # etcd's JSON
+    words = re.sub(r"\[Errno -?\d+\] ?| ?\(_ssl\.c.*", "", words)  # Python's numbers
     return "".join(one for one in words[:300] if one.isprintable())
 
 
@@ -340,9 +325,7 @@ ADVICE = {
     "memcached": """Start memcached: memcached -u memcache
   If it runs: is that its port?""",
 }
-EXAMPLES = (
-    "BACKEND_URL is, for example, etcd3+http://localhost or memcached://localhost"
-)
+EXAMPLES = "Examples: etcd3+http://localhost, memcached://localhost"
 EPILOG = """\
 Run each client in a terminal of its own. Examples:
   etcd:       tooz_join_group.py clientA group1
@@ -365,9 +348,7 @@ def options():
         # A "/" would put one group into another on etcd; a space confuses memcached.
         if re.fullmatch(r"[A-Za-z0-9._-]{1,100}", text):
             return text
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not 1 to 100 of the characters A-Z a-z 0-9 . _ -"
-        )
+        raise argparse.ArgumentTypeError("use 1 to 100 of A-Z a-z 0-9 . _ -")
 
     parser = argparse.ArgumentParser(
         description="Join a group with Tooz, show who comes and goes, and leave.",
@@ -378,13 +359,7 @@ def options():
     add("client", metavar="CLIENT", type=name, help="our name")
     add("group", metavar="GROUP", type=name, help="the group to join")
     add("url", metavar="BACKEND_URL", nargs="?", help="any Tooz URL")
-    add(
-        "--wait",
-        metavar="SECONDS",
-        type=float,
-        default=60,
-        help="how long to stay (60)",
-    )
+    add("--wait", metavar="SECONDS", type=float, default=60, help="our stay (60)")
     add("--debug", action="store_true", help="show Tooz's own log, and tracebacks")
     parser.error = lambda message: error(without_passwords(message))
     we = parser.parse_args()
@@ -416,25 +391,21 @@ def promises(coordinator, lease):
     """Say what the backend promises: its lease, and the characteristics of its driver."""
     names = sorted(one.name for one in coordinator.CHARACTERISTICS)
     words = ", ".join(names).lower().replace("_", " ").replace("distributed ", "")
-    kept = (
-        f"lease {lease:g} s (a silent member is kept so long)" if lease else "no lease"
-    )
-    return f"   {kept}; {words}"
+    kept = f"it keeps a silent member for {lease:g} s (the lease); " if lease else ""
+    return f"   {kept}{words}"
 
 
 def listing(members):
     """Return the members as they are always shown: sorted, on one line."""
-    return "members: " + (
-        b", ".join(sorted(members)).decode(errors="replace") or "(none)"
-    )
+    names = b", ".join(sorted(members)).decode(errors="replace")
+    return f"members: {names or '(none)'}"
 
 
 def say(we, text, end="\n"):
     """Print a line of the lesson at once. SystemExit(0) if its reader has gone."""
+    line = f"{ERASE if we.on_terminal else ''}{we.client}: {text}"
     try:
-        print(
-            f"{ERASE if we.on_terminal else ''}{we.client}: {text}", end=end, flush=True
-        )
+        print(line, end=end, flush=True)
     except OSError as error:
         sys.stdout = None  # From here on, print() prints nothing.
         if error.errno in (errno.EPIPE, errno.EIO):  # a pipe's reader, a terminal
@@ -464,19 +435,16 @@ def main():
     we = options()
     we.url = we.url or os.environ.get("TOOZ_BACKEND_URL") or "etcd3+http://localhost"
     we.backend = without_passwords(we.url)
-    we.on_terminal = bool(sys.stdout and sys.stdout.isatty())
+    we.on_terminal = sys.stdout and sys.stdout.isatty() and os.getenv("TERM") != "dumb"
     we.timeout, we.deadline, we.status = 30, math.inf, 0
-    we.asked_to_join = we.joined = we.leaving = we.in_trouble = False
+    we.joined = we.leaving = we.in_trouble = False
     if we.debug:
         logging.basicConfig()
         logging.getLogger("tooz").setLevel(logging.DEBUG)
     else:
         logging.disable()  # Or the heart would warn each second that the backend is away.
-    end_on_signals()
     try:
-        if we.url.startswith(
-            "etcd3://"
-        ):  # The lesson's form. Its driver has left Tooz.
+        if we.url.startswith("etcd3://"):  # The lesson's. Its driver has left Tooz.
             we.url = we.url.replace("etcd3", "etcd3+http", 1)
             say(we, f"{we.backend} is now {(shown := without_passwords(we.url))}")
             we.backend = shown

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import fasteners
 import mirakuru
 import pexpect.popen_spawn
 import port_for
@@ -323,6 +324,16 @@ def own_backend(request, tmp_path):
         yield server.start()
     finally:
         server.kill()
+
+
+@pytest.fixture(autouse=True)
+def alone(request, tmp_path_factory):
+    """Let the tests that take the whole machine run while no other test does."""
+    path = tmp_path_factory.getbasetemp().parent / "alone.lock"
+    lock = fasteners.InterProcessReaderWriterLock(path)
+    marked = request.node.get_closest_marker("alone")
+    with lock.write_lock() if marked else lock.read_lock():
+        yield
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from conftest import BACKENDS, CLOCK, LIMIT, TerminalClient, command, run
 
 ALL = ["etcd", "cluster", "memcached", "file"]
 SERVERS = ["etcd", "cluster", "memcached"]
-LEASE = 4  # Seconds: short enough to wait for, long enough for a busy machine.
+LEASE = 5  # Seconds: short enough to wait for, long enough for a busy machine.
 ROWS = {}  # The rows of the README's table: the backends that tests prove them on.
 
 
@@ -142,9 +142,9 @@ def test_name_of_the_living(backend, group, start):
     """The second one waits for a lease, and gives up. The owner notices nothing."""
     a, b = pair(start, group, backend.url(timeout=LEASE))
     done = run("B", group, backend.url(timeout=LEASE))
-    assert f"B: the name B is taken in {group}: by somebody alive, or" in done.stderr
-    assert f"Looking for {LEASE + 2} s to see which" in done.stderr
-    assert "B: the name B is still taken: its owner is alive" in done.stderr
+    assert "B: the name B is taken, by somebody alive or by a crash" in done.stderr
+    assert f"B: is not forgotten yet. Looking for up to {LEASE + 2} s" in done.stderr
+    assert "B: its owner is alive" in done.stderr
     assert (done.stdout, done.returncode) == ("", 1)
     start("C", group, backend.url(timeout=LEASE), "--wait", "1").ends(0)
     a.sees("C joined, members: A, B, C\n")
@@ -159,7 +159,7 @@ def test_name_of_the_dead(backend, group, start):
     a, b = pair(start, group, backend.url(timeout=LEASE))
     b.hit(signal.SIGKILL)
     b = start("B", group, backend.url(timeout=LEASE))
-    b.sees("the name B is taken", "3. joined", "4. members: A, B\n")
+    b.sees("3. joined", "4. members: A, B\n")
     b.hit(signal.SIGINT)
     b.ends(130)
     a.sees("B gone, members: A\n")
@@ -222,7 +222,7 @@ def test_gone_for_good(own_backend, group, start, way):
     own_backend.kill() if way == "refuses" else own_backend.pause()
     for client in a, b:
         client.sees("; trying for another", "5. waited 6 s\n")
-        client.sees(f"could not leave {group}.* Our lease ends that\n")
+        client.sees(f"could not leave {group}: ", "forget us when our lease ends\n")
         client.ends(1)
         assert client.transcript.count("trying for another") == 1
 
@@ -269,6 +269,7 @@ def test_majority_killed(own_backend, group, start):
 # --- Crowds ---
 
 
+@pytest.mark.alone
 @fault("50 clients join at once, and leave at once", ALL)
 def test_crowd(backend, group, start):
     """All get in, the watcher sees all of them, and all get out."""
@@ -340,13 +341,13 @@ def test_nohup(shared_servers, group, start):
 
 
 def test_signal_before_joining(shared_servers, group, start):
-    """Nothing to leave: the status alone tells."""
+    """There is nothing to leave: the signal just ends it, without a traceback."""
     url = shared_servers("etcd").url(timeout=30)
     start("A", group, url).sees("4. members: A\n")
     second = start("A", group, url)
     second.sees("the name A is taken")
     second.hit(signal.SIGINT)
-    second.ends(130)
+    second.ends(-signal.SIGINT)
 
 
 def test_full_disk(shared_servers, group):

@@ -27,7 +27,7 @@ from conftest import (
 
 STEPS = r"""
 A: 1\. started a coordinator on \S+
-A:    lease (30|10) s \(a silent member is kept so long\); [a-z ,]*across processes[a-z ,]*
+A:    it keeps a silent member for (30|10) s \(the lease\); [a-z ,]*across processes[a-z ,]*
 A: 2\. created GROUP
 A: 3\. joined GROUP
 A: 4\. members: A
@@ -96,25 +96,21 @@ def test_older_url(shared_servers, group):
 @three()
 def test_terminal(backend, group, start):
     """A terminal has a status line: seconds left, heartbeats. No event line meets it."""
-    screen = pyte.Screen(80, 24)
-    a = start("A", group, backend.url(timeout=4), "--wait", "8", kind=TerminalClient)
-    a.sees(r"A: \d s left, [01] heartbeats sent")
+    a = start("A", group, backend.url(timeout=4), kind=TerminalClient)
+    a.sees(r"A: \d+ s left, [01] heartbeats sent")
     start("B", group, backend.url(timeout=4), "--wait", "1").ends(0)
-    a.sees(
-        "B joined, members: A, B", "B gone, members: A", r"left, [2-9] heartbeats sent"
-    )
-    a.sees(r"6\. left")
-    a.ends(0)
+    a.sees("B joined, members: A, B", "B gone, members: A")
+    a.sees(r"left, [2-9] heartbeats sent")
+    a.sendintr()
+    a.ends(130)
+    screen = pyte.Screen(80, 24)
     pyte.Stream(screen).feed(a.transcript)
     lines = [line.rstrip() for line in screen.display if line.strip()]
-    text = "\n".join(lines)
-    assert re.search(
-        rf"^A: 4\. members: A\nA: {CLOCK} B joined, members: A, B\n"
-        rf"A: {CLOCK} B gone, members: A\nA: 5\. waited 8 s\nA: 6\. left",
-        text,
-        re.MULTILINE,
-    ), text
-    assert "heartbeats" not in text
+    assert re.fullmatch(
+        rf"A: 4\. members: A\nA: {CLOCK} B joined, members: A, B\n"
+        rf"A: {CLOCK} B gone, members: A\n(\^C)?A: 6\. left {group} and stopped",
+        "\n".join(lines[-4:]),
+    ), lines
 
 
 def test_narrow_terminal(shared_servers, group, start):
@@ -130,7 +126,7 @@ def test_names(bad):
     for arguments in ([bad, "g"], ["c", bad]):
         done = run(*arguments, "file:///nowhere")
         assert done.returncode == 2
-        assert "is not 1 to 100 of the characters A-Z a-z 0-9 . _ -" in done.stderr
+        assert "use 1 to 100 of A-Z a-z 0-9 . _ -" in done.stderr
 
 
 def test_longest_names(shared_servers):
@@ -189,7 +185,7 @@ def strangers():
 
 ETCD = "Start etcd: etcd --data-dir /tmp/etcd-data"
 MEMCACHED = "Start memcached: memcached -u memcache"
-EXAMPLE = "etcd3+http://localhost or memcached://localhost"
+EXAMPLE = "Examples: etcd3+http://localhost, memcached://localhost"
 
 
 @pytest.mark.parametrize(
@@ -206,7 +202,7 @@ EXAMPLE = "etcd3+http://localhost or memcached://localhost"
         ),
         ("etcd3+http://127.0.0.1:SSH", "SSH-2.0-OpenSSH", ETCD),
         ("memcached://127.0.0.1:SSH", "SSH-2.0-OpenSSH", MEMCACHED),
-        ("memcached://127.0.0.1:ETCD", "memcache unexpected close error", MEMCACHED),
+        ("memcached://127.0.0.1:ETCD", "(?i)close|broken|reset", MEMCACHED),
         (
             "etcd3+http://127.0.0.1:MEMCACHED",
             "closed connection without response",
@@ -280,7 +276,8 @@ def test_passwords_are_never_shown(shared_servers, tmp_path):
         ):
             done = run(*arguments)
             assert "s3cr3t" not in done.stdout + done.stderr
-            assert "***" in done.stdout + done.stderr
+            if url in arguments[2:3]:
+                assert "***" in done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
