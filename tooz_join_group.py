@@ -56,7 +56,7 @@ def join_and_watch(we):
     wait_until_our_name_is_free(we)
 
     # 1. The coordinator is our line to the backend. Its heart is a thread that beats
-    #    twice in each lease. If the beats stop, the backend forgets us at the lease's end.
+    #    twice in each lease. Without it, we would be forgotten when the first lease ends.
     with patience(we):
         coordinator = coordination.get_coordinator(we.url, me)
         coordinator.start(start_heart=True)
@@ -64,7 +64,7 @@ def join_and_watch(we):
         say(we, f"1. started a coordinator on {we.backend}")
         say(we, promises(coordinator, lease))
 
-    over = False
+    over, members = False, set()
     with until_it_is_time_to_go(we):
         while not over:
             with patience(we):
@@ -101,7 +101,7 @@ def join_and_watch(we):
             coordinator.leave_group(group).get()
         except (coordination.MemberNotJoined, coordination.GroupNotCreated):
             pass  # We were thrown out before. That is no error, as we wanted to go.
-        coordinator.stop()
+        coordinator.stop()  # The heart stops, and the line to the backend is closed.
         say(we, f"6. left {we.group} and stopped")
 
 
