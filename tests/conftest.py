@@ -16,6 +16,7 @@ import fasteners
 import mirakuru
 import pexpect.popen_spawn
 import port_for
+import psutil
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -33,6 +34,18 @@ for name in [*os.environ]:
         del os.environ[name]
 
 
+# Each worker of pytest-xdist takes its ports from a range of its own, and each port once.
+WORKER = int(re.sub(r"\D", "", os.environ.get("PYTEST_XDIST_WORKER", "")) or 30)
+PORTS = set(range(20000 + 300 * WORKER, 20300 + 300 * WORKER))
+
+
+def free_port():
+    """Return a port that nobody listens on."""
+    port = port_for.select_random(PORTS)
+    PORTS.remove(port)
+    return port
+
+
 def command(*arguments):
     """Return the command line of the script, as a list."""
     return [sys.executable, str(SCRIPT), *map(str, arguments)]
@@ -44,6 +57,14 @@ def run(*arguments, **options):
     done = subprocess.run(command(*arguments), check=False, **options)
     assert "Traceback" not in done.stderr or "--debug" in arguments
     return done
+
+
+def wait_until(it_is_so):
+    """Wait until the function returns something true."""
+    limit = time.monotonic() + LIMIT
+    while not it_is_so():
+        assert time.monotonic() < limit, "it did not come"
+        time.sleep(0.02)
 
 
 class Watched:
@@ -149,6 +170,8 @@ class Server:
     def pause(self):
         for executor in self.executors:
             os.killpg(executor.process.pid, signal.SIGSTOP)
+            process = psutil.Process(executor.process.pid)
+            wait_until(lambda: process.status() == psutil.STATUS_STOPPED)
 
     def resume(self):
         for executor in self.executors:
@@ -167,8 +190,8 @@ class Etcd(Server):
     """One etcd; `cluster` maps the names of its members to their peer ports."""
 
     def __init__(self, folder, port=None, name="default", cluster=None, tls=()):
-        self.folder, self.port = folder / name, port or port_for.select_random()
-        cluster = cluster or {name: port_for.select_random()}
+        self.folder, self.port = folder / name, port or free_port()
+        cluster = cluster or {name: free_port()}
         scheme = "https" if tls else "http"
         client = f"{scheme}://127.0.0.1:{self.port}"
         peer = f"http://127.0.0.1:{cluster[name]}"
@@ -220,9 +243,9 @@ class Cluster(Etcd):
     """Three etcds behind etcd's own TCP gateway, whose address the clients get."""
 
     def __init__(self, folder):
-        peers = {f"node{one}": port_for.select_random() for one in range(3)}
+        peers = {f"node{one}": free_port() for one in range(3)}
         self.nodes = [Etcd(folder, name=name, cluster=peers) for name in peers]
-        gateway = port_for.select_random()
+        gateway = free_port()
         addresses = [f"127.0.0.1:{node.port}" for node in self.nodes]
         arguments = ["etcd", "gateway", "start", "--endpoints", ",".join(addresses)]
         arguments += ["--listen-addr", f"127.0.0.1:{gateway}", "--retry-delay", "1s"]
@@ -257,7 +280,7 @@ class Cluster(Etcd):
 
 class Memcached(Server):
     def __init__(self, folder):
-        self.port = port_for.select_random()
+        self.port = free_port()
         self.base = f"memcached://127.0.0.1:{self.port}"
         arguments = [
             "memcached",
