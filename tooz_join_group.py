@@ -46,7 +46,7 @@ try:
 except ImportError as missing:
     sys.exit(f"{missing}. Install what is needed: pip install -r requirements.txt")
 
-LOOK_EVERY = 0.2  # Seconds between two looks at the list of members.
+LOOK_EVERY = 0.25  # Seconds between two looks at the list of members.
 UNEASY_AFTER = 2  # Seconds without an answer before we say that we are waiting.
 
 
@@ -359,7 +359,7 @@ def options():
     add("client", metavar="CLIENT", type=name, help="our name")
     add("group", metavar="GROUP", type=name, help="the group to join")
     add("url", metavar="BACKEND_URL", nargs="?", help="any Tooz URL")
-    add("--wait", metavar="SECONDS", type=float, default=60, help="our stay (60)")
+    add("--wait", metavar="SECONDS", type=float, default=60, help="time to stay (60)")
     add("--debug", action="store_true", help="show Tooz's own log, and tracebacks")
     parser.error = lambda message: error(without_passwords(message))
     we = parser.parse_args()

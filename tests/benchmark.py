@@ -10,6 +10,7 @@ import datetime
 import os
 import pathlib
 import platform
+import random
 import re
 import signal
 import socket
@@ -26,8 +27,8 @@ from tooz import coordination
 from tqdm import tqdm
 
 NAMES = ["etcd", "memcached", "file"]
-RUNS = 20  # script and shortest script, in alternation
-CHANGES = 60  # joins and leaves, each looked for on another terminal
+RUNS = 15  # script and shortest script, in alternation
+CHANGES = 40  # joins and leaves, each looked for on another terminal
 CRASHES = 8
 ROUNDS = 30  # of six clients under one name
 LEASE = 5  # seconds, for the crashes
@@ -118,12 +119,12 @@ def changes(server, size, progress):
         watcher.expect("4. members: .*\n")
         other = coordination.get_coordinator(url, b"other")
         other.start()
-        for number in range(CHANGES):
-            time.sleep(number / CHANGES / 3)  # Any moment between two looks.
+        for _ in range(CHANGES):
             for act, what, times in (
                 (other.join_group, "other joined", joins),
                 (other.leave_group, "other gone", leaves),
             ):
+                time.sleep(random.random() / 2)  # Any moment between two looks.
                 act(group.encode()).get()
                 begun = time.perf_counter()
                 watcher.expect(what, timeout=60)

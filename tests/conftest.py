@@ -170,8 +170,8 @@ class Server:
     def pause(self):
         for executor in self.executors:
             os.killpg(executor.process.pid, signal.SIGSTOP)
-            process = psutil.Process(executor.process.pid)
-            wait_until(lambda: process.status() == psutil.STATUS_STOPPED)
+            status = psutil.Process(executor.process.pid).status
+            wait_until(lambda status=status: status() == psutil.STATUS_STOPPED)
 
     def resume(self):
         for executor in self.executors:

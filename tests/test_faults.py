@@ -81,7 +81,7 @@ def test_closed_terminal(backend, group, start):
     assert b.exitstatus == 129
 
 
-@fault("the reader goes away (`| head -n 2`)", ALL)
+@fault("the reader goes away (`| head -n 5`)", ALL)
 def test_reader_goes_away(backend, group, start):
     """Quietly: no message, status 0, and not a member any more."""
     a = start("A", group, backend.url())
