@@ -189,16 +189,11 @@ def wait_until_our_name_is_free(we):
     while we.client.encode() in look(we, scout):
         if limit is None:
             limit = time.monotonic() + enough
-            warn(
-                we,
-                f"the name {we.client} is taken, by somebody alive or by a crash that",
-            )
-            warn(
-                we, f"is not forgotten yet. Looking for up to {enough:g} s to see which"
-            )
+            warn(we, f"the name {we.client} is taken: its owner is alive, or crashed")
+            warn(we, f"looking for up to {enough:g} s to see which")
         left = limit - time.monotonic()
         if left < 0:
-            warn(we, "its owner is alive (or has a longer lease). Use another name")
+            warn(we, "its owner is alive (or has a longer lease). Take another name")
             sys.exit(1)
         status(we, f"{left:.0f} s left to look at the name {we.client}")
         time.sleep(LOOK_EVERY)
@@ -220,7 +215,7 @@ def sort_out_our_name(we, coordinator):
     else:
         # A namesake joined in the instant since we looked. We go without leave_group()
         # and stop(): both would hit the namesake.
-        warn(we, f"the name {we.client} was taken in {we.group} just now. Use another")
+        warn(we, f"the name {we.client} was taken just now. Take another name")
         os._exit(1)
 
 
@@ -373,8 +368,9 @@ def check_url(url):
     parts = urllib.parse.urlsplit(url)
     if parts.scheme == "file" and (parts.netloc or not parts.path.startswith("/")):
         raise ValueError("file:// takes an absolute path")
-    if not re.search(r"(^|@|\])[^:]*(:0*[1-9]\d*)?$", parts.netloc):
-        raise ValueError("the port is not a number from 1 to 65535")
+    for host in parts.netloc.rpartition("@")[2].split(","):
+        if not re.fullmatch(r"(\[.*\]|[^:]*)(:0*[1-9]\d*)?", host):
+            raise ValueError("the port is not a number from 1 to 65535")
     timeout = urllib.parse.parse_qs(parts.query).get("timeout", ["30"])[-1]
     if not re.fullmatch(r"[1-9]\d{0,5}", timeout):
         raise ValueError("timeout= takes a whole number of seconds, 1 or more")

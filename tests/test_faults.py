@@ -142,8 +142,8 @@ def test_name_of_the_living(backend, group, start):
     """The second one waits for a lease, and gives up. The owner notices nothing."""
     a, b = pair(start, group, backend.url(timeout=LEASE))
     done = run("B", group, backend.url(timeout=LEASE))
-    assert "B: the name B is taken, by somebody alive or by a crash" in done.stderr
-    assert f"B: is not forgotten yet. Looking for up to {LEASE + 2} s" in done.stderr
+    assert "B: the name B is taken: its owner is alive, or crashed\n" in done.stderr
+    assert f"B: looking for up to {LEASE + 2} s" in done.stderr
     assert "B: its owner is alive" in done.stderr
     assert (done.stdout, done.returncode) == ("", 1)
     start("C", group, backend.url(timeout=LEASE), "--wait", "1").ends(0)

@@ -200,8 +200,8 @@ EXAMPLE = "Examples: etcd3+http://localhost, memcached://localhost"
             "no answer; trying for another 1 s",
             ETCD,
         ),
-        ("etcd3+http://127.0.0.1:SSH", "SSH-2.0-OpenSSH", ETCD),
-        ("memcached://127.0.0.1:SSH", "SSH-2.0-OpenSSH", MEMCACHED),
+        ("etcd3+http://127.0.0.1:SSH", "SSH-2.0|reset|[Bb]roken", ETCD),
+        ("memcached://127.0.0.1:SSH", "SSH-2.0|reset|[Bb]roken", MEMCACHED),
         ("memcached://127.0.0.1:ETCD", "(?i)close|broken|reset", MEMCACHED),
         (
             "etcd3+http://127.0.0.1:MEMCACHED",
