@@ -255,23 +255,30 @@ def until_it_is_time_to_go(we):
     """Run the block until it ends, or Ctrl-C, SIGTERM or SIGHUP ends it; then we leave."""
 
     def end(number, _):
-        leave_undisturbed(signal.SIG_DFL)
+        leave_undisturbed()
         sys.exit(128 + number)
 
-    def leave_undisturbed(on_ctrl_c):
-        # `timeout` sends SIGTERM twice, a terminal SIGHUP too: hear only a tired Ctrl-C.
+    def leave_undisturbed():
+        # Whatever comes now would leave us in the list for a lease: `timeout` sends
+        # SIGTERM twice, `uv run` sends Ctrl-C twice. Only a later Ctrl-C is a person's.
+        began = time.monotonic()
+
+        def kill(number, _):
+            if time.monotonic() - began > 0.5:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-            signal.signal(signal.SIGINT, on_ctrl_c)
+            signal.signal(signal.SIGINT, kill)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or & in a script
             signal.signal(number, end)
     try:
         yield
-        # A Ctrl-C from here on comes too late to end the wait. The second one kills.
-        leave_undisturbed(lambda *_: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        leave_undisturbed()
     except SystemExit as end_of_wait:
         we.status = end_of_wait.code
     we.leaving = True

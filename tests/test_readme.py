@@ -379,7 +379,7 @@ def messages():
             re.escape(str(part.value)) if isinstance(part, ast.Constant) else ".+"
             for part in parts
         ).split(re.escape("\n"))[0]
-        if re.search(r"\w{4}", pattern):
+        if re.search(r"\w{3}", pattern):
             found.append(pattern)
     return found
 
