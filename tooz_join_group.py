@@ -37,6 +37,7 @@ import sys
 import time
 import traceback
 import urllib.parse
+import warnings
 
 # Until we join there is nothing to clean up: let Ctrl-C just end us, without a traceback.
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -60,7 +61,9 @@ def join_and_watch(we):
     with patience(we):
         coordinator = coordination.get_coordinator(we.url, me)
         coordinator.start(start_heart=True)
-        lease = coordinator.heartbeat()  # One beat by hand: it returns the lease (s).
+        lease = (
+            coordinator.heartbeat()
+        )  # By hand: it returns for how long (s) it holds.
         say(we, f"1. started a coordinator on {we.backend}")
         say(we, promises(coordinator, lease))
 
@@ -102,7 +105,7 @@ def join_and_watch(we):
         except (coordination.MemberNotJoined, coordination.GroupNotCreated):
             pass  # We were thrown out before. That is no error, as we wanted to go.
         coordinator.stop()  # The heart stops, and the line to the backend is closed.
-        say(we, f"6. left {we.group} and stopped")
+    say(we, f"6. left {we.group} and stopped")
 
 
 # --- Trouble ---
@@ -172,8 +175,8 @@ def wait_until_our_name_is_free(we):
     A name in the list belongs to somebody alive, or to somebody who crashed and whose
     lease still runs. Nobody can tell which, except by waiting for one lease to end.
     """
-    # We look under a name that no client can have. Beats under our own would keep a dead
-    # namesake looking alive, and on memcached our stop() would throw out a living one.
+    # We look under a name that no client can have. On memcached, a beat under our own
+    # would keep a dead namesake looking alive, and our stop() would throw out a living one.
     with patience(we):
         other = f"{we.client}?".encode()
         scout = coordination.get_coordinator(
@@ -181,7 +184,7 @@ def wait_until_our_name_is_free(we):
         )  # no thread
         scout.start()
         lease = scout.heartbeat()
-        if lease is None:  # ZooKeeper, for one: it watches our connection instead.
+        if lease is None:  # A driver that needs no heartbeats.
             lease = we.timeout
         if lease < 1:
             raise ValueError("a lease must be 1 s or longer")
@@ -222,8 +225,13 @@ def sort_out_our_name(we, coordinator):
 def watch(we, coordinator, members, lease):
     """Show who comes and goes. Return True when the wait is over, False if we are out."""
     we.deadline = min(we.deadline, time.monotonic() + we.wait)
+    if (
+        we.in_trouble
+    ):  # We could not join again. Try again soon, until the wait is over.
+        time.sleep(UNEASY_AFTER)
+        return time.monotonic() >= we.deadline
     while (left := we.deadline - time.monotonic()) > 0:
-        status(we, f"{left:.0f} s left, {coordinator.heart.beats} heartbeats sent")
+        status(we, f"{left:.0f} s left, heartbeats sent: {coordinator.heart.beats}")
         # On memcached, a look is one request for each member: in a crowd, look less often.
         before = time.monotonic()
         time.sleep(min(left, max(LOOK_EVERY, len(members) / 1000)))
@@ -233,11 +241,10 @@ def watch(we, coordinator, members, lease):
             continue
         # A group is a set, so the news are two differences. We say "gone", as Tooz cannot
         # tell a member that left from one that died.
-        news = [(who, "joined") for who in now - members]
-        news += [(who, "gone") for who in members - now]
+        news = [(text_of(who), "joined") for who in now - members]
+        news += [(text_of(who), "gone") for who in members - now]
         for who, what in sorted(news):
-            clock, who = time.strftime("%H:%M:%S"), who.decode(errors="replace")
-            say(we, f"{clock} {who} {what}, {listing(now)}")
+            say(we, f"{time.strftime('%H:%M:%S')} {who} {what}, {listing(now)}")
         members = now
         if we.client.encode() not in members:
             warn(we, f"we are not a member of {we.group} any more. Joining again")
@@ -255,7 +262,7 @@ def until_it_is_time_to_go(we):
     """Run the block until it ends, or Ctrl-C, SIGTERM or SIGHUP ends it; then we leave."""
 
     def end(number, _):
-        leave_undisturbed()
+        leave_undisturbed()  # At once: the next signal may come before the line below.
         sys.exit(128 + number)
 
     def leave_undisturbed():
@@ -277,11 +284,15 @@ def until_it_is_time_to_go(we):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or & in a script
             signal.signal(number, end)
     try:
-        yield
-        leave_undisturbed()
+        try:
+            yield
+        finally:
+            leave_undisturbed()
     except SystemExit as end_of_wait:
         we.status = end_of_wait.code
     we.leaving = True
+    with contextlib.suppress(SystemExit):  # The terminal may have gone.
+        status(we, "leaving")
     # A backend that is silent by now gets one last chance, a short one.
     we.deadline = time.monotonic() if we.in_trouble else math.inf
 
@@ -291,8 +302,8 @@ def give_up(we, error):
     scheme = we.url.partition("://")[0]
     advice = ADVICE.get(scheme, EXAMPLES)
     if isinstance(error, ImportError):
-        ours = scheme in ADVICE
-        advice = f"pip install {'-r requirements.txt' if ours else f'tooz[{scheme}]'}"
+        what = "-r requirements.txt" if scheme in ADVICE else f"'tooz[{scheme}]'"
+        advice = f"Install what is needed: pip install {what}"
     elif isinstance(error, ValueError) and not isinstance(error, OSError):
         advice = EXAMPLES
     advice += "\n  Without a server: file:///tmp/tooz"
@@ -372,7 +383,10 @@ def options():
 
 def check_url(url):
     """Return a URL's timeout (s). Raise ValueError for mistakes that Tooz would not see."""
-    parts = urllib.parse.urlsplit(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:  # Its words may have a part of a password.
+        raise ValueError("that is not a URL") from None
     if parts.scheme == "file" and (parts.netloc or not parts.path.startswith("/")):
         raise ValueError("file:// takes an absolute path")
     for host in parts.netloc.rpartition("@")[2].split(","):
@@ -393,15 +407,22 @@ def without_passwords(text):
 def promises(coordinator, lease):
     """Say what the backend promises: its lease, and the characteristics of its driver."""
     names = sorted(one.name for one in coordinator.CHARACTERISTICS)
+    # Every driver works across threads and processes: not worth a word.
+    names = [name for name in names if not name.endswith(("THREADS", "PROCESSES"))]
     words = ", ".join(names).lower().replace("_", " ").replace("distributed ", "")
     kept = f"it keeps a silent member for {lease:g} s (the lease); " if lease else ""
-    return f"   {kept}{words}"
+    return f"   {kept}Tooz calls it {words}"
+
+
+def text_of(name):
+    """Return a member's name as text. Other programs may join under any bytes or str."""
+    text = name.decode(errors="replace") if isinstance(name, bytes) else name
+    return "".join(one if one.isprintable() else "?" for one in text)
 
 
 def listing(members):
     """Return the members as they are always shown: sorted, on one line."""
-    names = b", ".join(sorted(members)).decode(errors="replace")
-    return f"members: {names or '(none)'}"
+    return f"members: {', '.join(sorted(map(text_of, members))) or '(none)'}"
 
 
 def say(we, text, end="\n"):
@@ -418,10 +439,11 @@ def say(we, text, end="\n"):
 
 
 def status(we, text):
-    """Redraw the status line. A terminal has one, a pipe has not."""
-    if we.on_terminal:
-        room = shutil.get_terminal_size().columns - len(we.client) - 3
-        say(we, text[: max(0, room)], end="")
+    """Redraw the status line: in a terminal, unless we run in its background."""
+    with contextlib.suppress(OSError):  # stdout is not our terminal, or not any more.
+        if we.on_terminal and os.tcgetpgrp(1) == os.getpgrp():
+            room = shutil.get_terminal_size().columns - len(we.client) - 3
+            say(we, text[: max(0, room)], end="")
 
 
 def warn(we, text):
@@ -438,6 +460,8 @@ def main():
     we = options()
     we.url = we.url or os.environ.get("TOOZ_BACKEND_URL") or "etcd3+http://localhost"
     we.backend = without_passwords(we.url)
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # Names may have letters it has not.
     we.on_terminal = sys.stdout and sys.stdout.isatty() and os.getenv("TERM") != "dumb"
     we.timeout, we.deadline, we.status = 30, math.inf, 0
     we.joined = we.leaving = we.in_trouble = False
@@ -446,6 +470,7 @@ def main():
         logging.getLogger("tooz").setLevel(logging.DEBUG)
     else:
         logging.disable()  # Or the heart would warn each second that the backend is away.
+        warnings.simplefilter("ignore")  # urllib3 has one for the Python of macOS.
     try:
         if we.url.startswith("etcd3://"):  # The lesson's. Its driver has left Tooz.
             we.url = we.url.replace("etcd3", "etcd3+http", 1)

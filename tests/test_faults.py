@@ -5,12 +5,14 @@ test_readme.py holds the two together.
 """
 
 import re
+import shutil
 import signal
 import subprocess
 import time
 
 import pytest
 from conftest import BACKENDS, CLOCK, LIMIT, TerminalClient, command, run
+from tooz import coordination
 
 ALL = ["etcd", "cluster", "memcached", "file"]
 SERVERS = ["etcd", "cluster", "memcached"]
@@ -73,7 +75,7 @@ def test_closed_terminal(backend, group, start):
     a = start("A", group, backend.url())
     a.sees("4. members: A\n")
     b = start("B", group, backend.url(), kind=TerminalClient)
-    b.sees("heartbeats sent")
+    b.sees("heartbeats sent: ")
     a.sees("B joined, members: A, B\n")
     b.ptyproc.fileobj.close()
     a.sees("B gone, members: A\n")
@@ -348,6 +350,43 @@ def test_signal_before_joining(shared_servers, group, start):
     second.sees("the name A is taken")
     second.hit(signal.SIGINT)
     second.ends(-signal.SIGINT)
+
+
+def test_reads_work_and_writes_fail(tmp_path, group, start):
+    """Thrown out, and unable to join again: said once, not at every try."""
+    server = BACKENDS["file"](tmp_path)
+    a = start("A", group, server.url(), "--wait", "8")
+    a.sees("4. members: A\n")
+    shutil.rmtree(server.folder)
+    a.sees("A gone, members: .none.\n", "Joining again\n", "; trying for another")
+    a.sees("5. waited 8 s\n")
+    a.ends(0)
+    for words in "A gone", "Joining again", "trying for another":
+        assert a.transcript.count(words) == 1
+
+
+def test_names_of_others(tmp_path, group, start, monkeypatch):
+    """Other programs may join under any name: it is shown, and does no harm."""
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    url = BACKENDS["file"](tmp_path).url()
+    a = start("A", group, url)
+    a.sees("4. members: A\n")
+    for name, shown in (
+        ("bob", "bob"),
+        ("nœud".encode(), "n.ud"),
+        (b"x\x1b[31m\ny", "x.{1,2}31m.y"),
+        (b"\xff", "."),
+    ):
+        other = coordination.get_coordinator(url, name, executor="sync")
+        other.start()
+        other.join_group(group.encode()).get()
+        a.sees(f"A: {CLOCK} {shown} joined, members: .*A.*\n")
+        other.leave_group(group.encode()).get()
+        a.sees(f"A: {CLOCK} {shown} gone, members: A\n")
+        other.stop()
+    a.hit(signal.SIGINT)
+    a.ends(130)
+    assert "\x1b" not in a.transcript
 
 
 def test_full_disk(shared_servers, group):
