@@ -52,7 +52,10 @@ UNEASY_AFTER = 2  # Seconds without an answer before we say that we are waiting.
 
 
 def join_and_watch(we):
-    """Take the six steps. SystemExit with the status, if something ends them early."""
+    """Take the six steps. `we` has our options and our state: see main().
+
+    Raises SystemExit with the exit status, if something ends the steps early.
+    """
     me, group = we.client.encode(), we.group.encode()  # Tooz takes names as bytes.
     wait_until_our_name_is_free(we)
 
@@ -61,9 +64,7 @@ def join_and_watch(we):
     with patience(we):
         coordinator = coordination.get_coordinator(we.url, me)
         coordinator.start(start_heart=True)
-        lease = (
-            coordinator.heartbeat()
-        )  # By hand: it returns for how long (s) it holds.
+        lease = coordinator.heartbeat()  # By hand, as it returns the lease (s).
         say(we, f"1. started a coordinator on {we.backend}")
         say(we, promises(coordinator, lease))
 
@@ -177,11 +178,10 @@ def wait_until_our_name_is_free(we):
     """
     # We look under a name that no client can have. On memcached, a beat under our own
     # would keep a dead namesake looking alive, and our stop() would throw out a living one.
+    # "sync" spares us a thread: here, the call itself does the work behind the future.
     with patience(we):
         other = f"{we.client}?".encode()
-        scout = coordination.get_coordinator(
-            we.url, other, executor="sync"
-        )  # no thread
+        scout = coordination.get_coordinator(we.url, other, executor="sync")
         scout.start()
         lease = scout.heartbeat()
         if lease is None:  # A driver that needs no heartbeats.
@@ -225,9 +225,7 @@ def sort_out_our_name(we, coordinator):
 def watch(we, coordinator, members, lease):
     """Show who comes and goes. Return True when the wait is over, False if we are out."""
     we.deadline = min(we.deadline, time.monotonic() + we.wait)
-    if (
-        we.in_trouble
-    ):  # We could not join again. Try again soon, until the wait is over.
+    if we.in_trouble:  # We could not join again: try soon, until the wait is over.
         time.sleep(UNEASY_AFTER)
         return time.monotonic() >= we.deadline
     while (left := we.deadline - time.monotonic()) > 0:
@@ -262,7 +260,7 @@ def until_it_is_time_to_go(we):
     """Run the block until it ends, or Ctrl-C, SIGTERM or SIGHUP ends it; then we leave."""
 
     def end(number, _):
-        leave_undisturbed()  # At once: the next signal may come before the line below.
+        leave_undisturbed()  # At once, as the next signal may come before the exit.
         sys.exit(128 + number)
 
     def leave_undisturbed():
@@ -463,8 +461,10 @@ def main():
     if sys.stdout:
         sys.stdout.reconfigure(errors="replace")  # Names may have letters it has not.
     we.on_terminal = sys.stdout and sys.stdout.isatty() and os.getenv("TERM") != "dumb"
-    we.timeout, we.deadline, we.status = 30, math.inf, 0
-    we.joined = we.leaving = we.in_trouble = False
+    we.timeout = 30  # How long a request may take (s), until we know the URL's.
+    we.deadline = math.inf  # When the wait is over, by time.monotonic().
+    we.status = 0  # Our exit status, if we leave without trouble.
+    we.joined = we.in_trouble = we.leaving = False
     if we.debug:
         logging.basicConfig()
         logging.getLogger("tooz").setLevel(logging.DEBUG)

@@ -27,7 +27,7 @@ from conftest import (
 
 STEPS = r"""
 A: 1\. started a coordinator on \S+
-A:    it keeps a silent member for (30|10) s \(the lease\); Tooz calls it (linearizable|across hosts|non timeout based)[a-z ,]*
+A:    it keeps a silent member for (30|10) s \(the lease\); Tooz calls it (causal|linearizable|non timeout based)[a-z ,]*
 A: 2\. created GROUP
 A: 3\. joined GROUP
 A: 4\. members: A
