@@ -200,7 +200,11 @@ def test_restart_empty(own_backend, group, start):
     both_answer(start, group, url, a, b)
 
 
-@fault("the backend hangs for a few seconds", SERVERS, "own_backend")
+@fault(
+    "the backend hangs for a few seconds, less than half a lease",
+    SERVERS,
+    "own_backend",
+)
 def test_hang(own_backend, group, start):
     """Said once, over once; nobody is gone."""
     url = own_backend.url(timeout=20)
