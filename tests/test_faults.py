@@ -4,14 +4,16 @@ Each test proves the cells of one row of the README's table "What you will see";
 test_readme.py holds the two together.
 """
 
+import os
 import re
 import shutil
 import signal
 import subprocess
 import time
 
+import pexpect
 import pytest
-from conftest import BACKENDS, CLOCK, LIMIT, TerminalClient, command, run
+from conftest import BACKENDS, CLOCK, LIMIT, TerminalClient, command, run, wait_until
 from tooz import coordination
 
 ALL = ["etcd", "cluster", "memcached", "file"]
@@ -165,6 +167,25 @@ def test_name_of_the_dead(backend, group, start):
     b.hit(signal.SIGINT)
     b.ends(130)
     a.sees("B gone, members: A\n")
+
+
+@pytest.mark.parametrize("backend", ["memcached", "file"], indirect=True)
+def test_namesakes_at_once(backend, group, start):
+    """Of several clients under one name, one gets in, and nobody pushes it out."""
+    url = backend.url(timeout=LEASE)
+    watcher = start("watcher", group, url)
+    watcher.sees("4. members: watcher\n")
+    same = [start("same", group, url, "--wait", "600") for _ in range(6)]
+    wait_until(lambda: sum(one.proc.poll() is None for one in same) == 1)
+    for one in same:
+        if one.proc.poll() is None:
+            one.sees("4. members: same, watcher\n")
+        else:
+            one.ends(1)
+            assert "Take another name" in one.transcript
+    start("C", group, url, "--wait", "1").ends(0)
+    watcher.sees("C joined, members: C, same, watcher\n")
+    assert "same gone" not in watcher.transcript
 
 
 # --- The backend ---
@@ -326,6 +347,7 @@ def test_second_ctrl_c_kills(tmp_path, group, start):
         server.kill()
 
 
+@pytest.mark.skipif(not shutil.which("timeout"), reason="macOS has no timeout")
 def test_timeout_command(shared_servers, group, start):
     """`timeout` sends SIGTERM twice in a row; the client leaves all the same."""
     url = shared_servers("memcached").url()
@@ -335,6 +357,26 @@ def test_timeout_command(shared_servers, group, start):
     b.sees("B: 6. left")
     b.ends(124)
     a.sees("B joined", "B gone")
+
+
+def test_two_signals_in_a_row(shared_servers, group, start):
+    """The second one is not heard, whichever it is."""
+    a = start("A", group, shared_servers("file").url())
+    a.sees("4. members: A\n")
+    for first, second in (
+        (signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGHUP, signal.SIGTERM),
+        (signal.SIGINT, signal.SIGINT),
+    ):
+        b = start("B", group, shared_servers("file").url())
+        a.sees("B joined")
+        b.hit(first)
+        b.hit(second)
+        b.sees("B: 6. left")
+        a.sees("B gone")
+        # The two may be swapped on the way.
+        b.expect(pexpect.EOF)
+        assert b.proc.wait(LIMIT) in {128 + first, 128 + second}
 
 
 def test_nohup(shared_servers, group, start):
@@ -393,6 +435,7 @@ def test_names_of_others(tmp_path, group, start, monkeypatch):
     assert "\x1b" not in a.transcript
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")
 def test_full_disk(shared_servers, group):
     """What cannot be written is said, once, and the client leaves."""
     with open("/dev/full", "w") as full:
