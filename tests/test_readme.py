@@ -223,7 +223,8 @@ def test_memcached(shell, default_ports):
     command, output = block("python -c")
     looked = shell(command)
     looked.expect(pexpect.EOF)
-    assert masked(looked.transcript) == output
+    # Older versions of Tooz store no capabilities as b"", newer ones as None.
+    assert masked(looked.transcript).replace(r"\xc4\x00", r"\xc0") == output
     command, output = block("TOOZ_BACKEND_URL=memcached://localhost python")
     b = shell(command)
     b.shows(output)
