@@ -2,6 +2,7 @@
 
 import ast
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -174,7 +175,8 @@ def test_etcd(shell, default_ports):
     # The experiments; A has the short lease of the README now.
     os.killpg(a.pid, signal.SIGINT)
     a.sees("6. left")
-    url = re.search(r"export TOOZ_BACKEND_URL='(.*)'", README).group(1)
+    export, _ = block("export TOOZ_BACKEND_URL=")
+    url = export.split("'")[1]
     a = shell(
         block("python tooz_join_group.py clientA group1 --wait 600")[0],
         TOOZ_BACKEND_URL=url,
@@ -337,6 +339,16 @@ def test_help_block():
 
 
 # --- What the README says, is looked up ---
+
+
+def test_every_command_is_run():
+    """Each shell block begins as some string in this file does: a test runs it."""
+    here = ast.walk(ast.parse(pathlib.Path(__file__).read_text()))
+    strings = [one.value for one in here if isinstance(one, ast.Constant)]
+    starts = [one for one in strings if isinstance(one, str) and len(one) > 5]
+    for _, kind, text in BLOCKS:
+        if kind == "sh" and text != "tests/run\n":  # That is what runs this.
+            assert any(text.lstrip().startswith(one) for one in starts), text
 
 
 def test_rows_have_tests():
