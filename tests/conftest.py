@@ -67,6 +67,16 @@ def wait_until(it_is_so):
         time.sleep(0.02)
 
 
+def start_afresh():
+    """Inherit nothing from whoever started pytest: perhaps it was nohup, or a script's &."""
+    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        signal.signal(number, signal.SIG_DFL)
+    if os.getpid() != os.getsid(
+        0
+    ):  # In a terminal, pexpect has made a session already.
+        os.setsid()
+
+
 class Watched:
     """What both kinds of client below share: patterns to wait for, and an end."""
 
@@ -100,8 +110,7 @@ class Client(Watched, pexpect.popen_spawn.PopenSpawn):
         super().__init__(
             [*under, *command(*arguments)],
             encoding="utf-8",
-            # Whoever started pytest may ignore Ctrl-C, and children inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=start_afresh,
         )
         self.begin()
 
@@ -117,7 +126,10 @@ class TerminalClient(Watched, pexpect.spawn):
 
     def __init__(self, *arguments):
         super().__init__(
-            *command(*arguments)[:1], command(*arguments)[1:], encoding="utf-8"
+            *command(*arguments)[:1],
+            command(*arguments)[1:],
+            encoding="utf-8",
+            preexec_fn=start_afresh,
         )
         self.begin()
 

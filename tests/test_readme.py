@@ -11,7 +11,16 @@ import sys
 import fasteners
 import pexpect
 import pytest
-from conftest import LIMIT, ROOT, SCRIPT, Etcd, Watched, run, wait_until
+from conftest import (
+    LIMIT,
+    ROOT,
+    SCRIPT,
+    Etcd,
+    Watched,
+    run,
+    start_afresh,
+    wait_until,
+)
 from pexpect.popen_spawn import PopenSpawn
 from test_faults import ROWS
 
@@ -56,10 +65,7 @@ class Shell(Watched, PopenSpawn):
             encoding="utf-8",
             cwd=ROOT,
             env={**os.environ, "PATH": path, **environment},
-            preexec_fn=lambda: (
-                os.setsid(),
-                signal.signal(signal.SIGINT, signal.SIG_DFL),
-            ),
+            preexec_fn=start_afresh,
         )
         self.begin()
         self.folder = folder
