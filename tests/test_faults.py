@@ -297,7 +297,7 @@ def test_majority_killed(own_backend, group, start):
 
 
 @pytest.mark.alone
-@fault("50 clients join at once, and leave at once", ALL)
+@fault("50 clients join together, and leave together", ALL)
 def test_crowd(backend, group, start):
     """All get in, the watcher sees all of them, and all get out."""
     url = backend.url(timeout=60)
