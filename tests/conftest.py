@@ -21,16 +21,14 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPT = ROOT / "tooz_join_group.py"
-LIMIT = (
-    60  # Seconds to wait for what must come. Machines are slow; no test is about speed.
-)
+# Seconds to wait for what must come. Machines are slow, and no test is about speed.
+LIMIT = 60
 CLOCK = r"\d\d:\d\d:\d\d"
 
 # What changes how a URL is reached has no place in a test.
+DETOURS = r"(?i)(\w+_proxy|(requests|curl)_ca_bundle|tooz_backend_url)"
 for name in [*os.environ]:
-    if re.fullmatch(
-        r"(?i)(\w+_proxy|(requests|curl)_ca_bundle|tooz_backend_url)", name
-    ):
+    if re.fullmatch(DETOURS, name):
         del os.environ[name]
 
 
@@ -71,9 +69,8 @@ def start_afresh():
     """Inherit nothing from whoever started pytest: perhaps it was nohup, or a script's &."""
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         signal.signal(number, signal.SIG_DFL)
-    if os.getpid() != os.getsid(
-        0
-    ):  # In a terminal, pexpect has made a session already.
+    # In a terminal, pexpect has made a session already.
+    if os.getpid() != os.getsid(0):
         os.setsid()
 
 
@@ -214,13 +211,10 @@ class Etcd(Server):
         arguments += ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]
         arguments += ["--initial-cluster", ",".join(peers)]
         if tls:
-            self.executors = [
-                executor(mirakuru.TCPExecutor, arguments, "127.0.0.1", self.port)
-            ]
+            kind, *where = mirakuru.TCPExecutor, "127.0.0.1", self.port
         else:
-            self.executors = [
-                executor(mirakuru.HTTPExecutor, arguments, f"{client}/health")
-            ]
+            kind, *where = mirakuru.HTTPExecutor, f"{client}/health"
+        self.executors = [executor(kind, arguments, *where)]
 
     def wait_until_healthy(self):
         """Wait until this node knows a leader, and answers."""
@@ -245,9 +239,8 @@ class Etcd(Server):
 
     def wipe(self):
         """Throw all members out: revoke their leases."""
-        for lease in re.findall(
-            r"^[0-9a-f]{8,}$", self.ctl("lease", "list"), re.MULTILINE
-        ):
+        leases = self.ctl("lease", "list")
+        for lease in re.findall(r"(?m)^[0-9a-f]{8,}$", leases):
             self.ctl("lease", "revoke", lease)
 
 
@@ -294,18 +287,9 @@ class Memcached(Server):
     def __init__(self, folder):
         self.port = free_port()
         self.base = f"memcached://127.0.0.1:{self.port}"
-        arguments = [
-            "memcached",
-            "-u",
-            "nobody",
-            "-l",
-            "127.0.0.1",
-            "-p",
-            str(self.port),
-        ]
-        self.executors = [
-            executor(mirakuru.TCPExecutor, arguments, "127.0.0.1", self.port)
-        ]
+        where = ("127.0.0.1", self.port)
+        arguments = f"memcached -u nobody -l 127.0.0.1 -p {self.port}".split()
+        self.executors = [executor(mirakuru.TCPExecutor, arguments, *where)]
 
     def forget(self):
         self.kill()
@@ -361,6 +345,15 @@ def own_backend(request, tmp_path):
         server.kill()
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the longest tests; end with those that wait for all others to end."""
+
+    def order(item):
+        return bool(item.get_closest_marker("alone")), item.path.stem != "test_readme"
+
+    items.sort(key=order)
+
+
 @pytest.fixture(autouse=True)
 def alone(request, tmp_path_factory):
     """Let the tests that take the whole machine run while no other test does."""
@@ -368,6 +361,14 @@ def alone(request, tmp_path_factory):
     lock = fasteners.InterProcessReaderWriterLock(path)
     marked = request.node.get_closest_marker("alone")
     with lock.write_lock() if marked else lock.read_lock():
+        yield
+
+
+@pytest.fixture
+def default_etcd_port(tmp_path_factory):
+    """Two tests use it: not at once."""
+    path = tmp_path_factory.getbasetemp().parent / "2379.lock"
+    with fasteners.InterProcessLock(path):
         yield
 
 
