@@ -34,6 +34,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 import urllib.parse
@@ -126,6 +127,7 @@ def patience(we):
     now = time.monotonic()
     seconds = min(we.timeout, max(UNEASY_AFTER, we.deadline - now))
     limit = now + seconds
+    late = Late(f"no answer within {seconds:.0f} s")
 
     def trouble(words):
         end = limit if we.deadline == math.inf else max(limit, we.deadline)
@@ -135,28 +137,31 @@ def patience(we):
         we.in_trouble = True
 
     def ring(*_):
-        left = limit - time.monotonic()
-        if left <= 0:
-            raise Late(f"no answer within {seconds:.0f} s")
-        signal.setitimer(signal.ITIMER_REAL, left)
-        trouble("no answer")
+        raise late
 
     signal.signal(signal.SIGALRM, ring)
+    # A signal ends the waiting. But while the name server is silent, Python hears none:
+    # so threads tell of the silence, and end the program where we must not go on.
+    timers = []
+    if seconds > UNEASY_AFTER:
+        timers.append(threading.Timer(UNEASY_AFTER, trouble, ["no answer"]))
+    if we.leaving or not we.joined:
+        timers.append(threading.Timer(seconds + 0.5, give_up, [we, late]))
     try:
         try:
-            signal.setitimer(signal.ITIMER_REAL, min(UNEASY_AFTER, seconds))
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            for timer in timers:
+                timer.start()
             yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            for timer in timers:
+                timer.cancel()
         if we.in_trouble:
             warn(we, f"{we.backend} answers again")
         we.in_trouble = False
     except (Exception, Late) as error:  # noqa: BLE001 (drivers raise what they like)
-        if we.leaving:
-            warn(we, f"could not leave {we.group}: {reason(error)}")
-            warn(we, "the backend will forget us when our lease ends")
-            sys.exit(1)
-        if not we.joined:
+        if we.leaving or not we.joined:
             give_up(we, error)
         trouble(reason(error))
 
@@ -264,12 +269,12 @@ def until_it_is_time_to_go(we):
         sys.exit(128 + number)
 
     def leave_undisturbed():
-        # Whatever comes now would leave us in the list for a lease: `timeout` sends
-        # SIGTERM twice, `uv run` sends Ctrl-C twice. Only a later Ctrl-C is a person's.
+        # Whatever ended us now would leave us in the list for a lease. `timeout` sends its
+        # signal twice, `uv run` in a script too: only a later Ctrl-C is a person's.
         began = time.monotonic()
 
         def kill(number, _):
-            if time.monotonic() - began > 0.5:
+            if time.monotonic() - began > 0.25:
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
 
@@ -296,7 +301,11 @@ def until_it_is_time_to_go(we):
 
 
 def give_up(we, error):
-    """Say what went wrong, and what to do about it, and exit with status 1."""
+    """Say what went wrong, and what to do about it, and end the program (exit 1)."""
+    if we.leaving:
+        warn(we, f"could not leave {we.group}: {reason(error)}")
+        warn(we, "the backend will forget us when our lease ends")
+        os._exit(1)
     scheme = we.url.partition("://")[0]
     advice = ADVICE.get(scheme, EXAMPLES)
     if isinstance(error, ImportError):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -65,7 +66,7 @@ def test_two_clients_show_each_other(backend, group, start):
     assert "\x1b" not in a.transcript
 
 
-def test_default_url(shared_servers, group, tmp_path):
+def test_default_url(shared_servers, group, tmp_path, default_etcd_port):
     """Without a URL: TOOZ_BACKEND_URL, or else the etcd on this machine."""
     url = shared_servers("memcached").url()
     done = run("A", group, "--wait", "0", env={**os.environ, "TOOZ_BACKEND_URL": url})
@@ -208,8 +209,16 @@ EXAMPLE = "Examples: etcd3+http://localhost, memcached://localhost"
             "closed connection without response",
             ETCD,
         ),
-        ("etcd3+http://nosuch.invalid", "(?i)name|resolution|known", ETCD),
-        ("memcached://nosuch.invalid", "(?i)name|resolution|known", MEMCACHED),
+        (
+            "etcd3+http://nosuch.invalid",
+            "(?i)name|resolution|known|no answer within",
+            ETCD,
+        ),
+        (
+            "memcached://nosuch.invalid",
+            "(?i)name|resolution|known|no answer within",
+            MEMCACHED,
+        ),
         ("etcd4://localhost", "No .* driver found, looking for 'etcd4'", EXAMPLE),
         ("localhost", "No .* driver found", EXAMPLE),
         (
@@ -257,6 +266,38 @@ def test_cannot_start(url, why, what_to_do, strangers, shared_servers, group):
     assert len(done.stderr.splitlines()) <= 6
     assert "1. started" not in done.stdout or "executor" in url
     assert done.returncode == 1
+
+
+# Run a command in a network of its own, whose name server never answers.
+NAMESPACE = ["unshare", "--map-root-user", "--mount", "--net"]
+SILENT_NAME_SERVER = r"""
+ip link set lo up
+echo nameserver 127.0.0.1 >"$1/resolv.conf" && mount --bind "$1/resolv.conf" /etc/resolv.conf
+echo hosts: files dns >"$1/nsswitch.conf" && mount --bind "$1/nsswitch.conf" /etc/nsswitch.conf
+exec "$2" -c '
+import os, socket, sys
+server = socket.socket(type=socket.SOCK_DGRAM)
+server.bind(("127.0.0.1", 53))
+server.set_inheritable(True)
+os.execv(sys.argv[1], sys.argv[1:])' "${@:2}"
+"""
+
+
+def can_have_a_network_of_its_own():
+    """Linux, and either root or a kernel that lets users have namespaces."""
+    if not (shutil.which("unshare") and shutil.which("ip")):
+        return False
+    return subprocess.run([*NAMESPACE, "true"], check=False).returncode == 0
+
+
+@pytest.mark.skipif(not can_have_a_network_of_its_own(), reason="no namespaces here")
+@pytest.mark.parametrize("scheme", ["etcd3+http", "memcached"])
+def test_silent_name_server(scheme, tmp_path, group, start):
+    """Python asks it for longer than that, and hears no signal meanwhile."""
+    under = [*NAMESPACE, "bash", "-c", SILENT_NAME_SERVER, "-", str(tmp_path)]
+    a = start("A", group, f"{scheme}://nosuch.example?timeout=3", under=under)
+    a.sees("no answer; trying for another 1 s\n", "no answer within 3 s\n")
+    a.ends(1)
 
 
 def test_passwords_are_never_shown(shared_servers, tmp_path):

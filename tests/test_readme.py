@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 
-import fasteners
 import pexpect
 import pytest
 from conftest import (
@@ -96,14 +95,6 @@ def shell(tmp_path):
         one.proc.wait()
 
 
-@pytest.fixture
-def default_ports(tmp_path_factory):
-    """Only one test at a time may use the ports that the README names."""
-    path = tmp_path_factory.getbasetemp().parent / "ports.lock"
-    with fasteners.InterProcessLock(path):
-        yield
-
-
 def answers(*command):
     """Tell whether a command succeeds."""
     environment = {**os.environ, "ETCDCTL_API": "3"}
@@ -152,17 +143,28 @@ def test_try_it_now(tmp_path, shell):
         ], one.transcript
 
 
-def test_uv(shell):
-    """The same with uv, which reads the script's own list of packages."""
+def test_uv(tmp_path):
+    """The same with uv, in a terminal: it reads the script's own list of packages."""
     command, _ = block("uv run")
-    one = shell(f"exec {command}")
-    one.expect("4. members: clientA\n", timeout=4 * LIMIT)
-    os.killpg(one.pid, signal.SIGINT)  # As a terminal does: to uv and to the script.
-    one.sees("6. left group1 and stopped")
-    one.expect(pexpect.EOF)
+    command = command.replace("/tmp/", f"{tmp_path}/").split()
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    one = pexpect.spawn(
+        command[0],
+        command[1:],
+        cwd=ROOT,
+        env={**os.environ, "PATH": path},
+        encoding="utf-8",
+        preexec_fn=start_afresh,
+    )
+    one.expect("4. members: clientA\r\n", timeout=4 * LIMIT)
+    one.sendintr()
+    one.expect("6. left group1 and stopped", timeout=LIMIT)
+    one.expect(pexpect.EOF, timeout=LIMIT)
+    one.close()
+    assert one.exitstatus == 130
 
 
-def test_etcd(shell, default_ports):
+def test_etcd(shell, default_etcd_port):
     """Run with etcd; look at the keys; break it yourself."""
     start_etcd(shell)
     command, output = block("python tooz_join_group.py clientA group1\n")
@@ -204,7 +206,7 @@ def test_etcd(shell, default_ports):
     a.sees("6. left")
 
 
-def test_memcached(shell, default_ports):
+def test_memcached(shell):
     """Run with memcached; look at the keys; restart it."""
     look = [
         sys.executable,
@@ -256,7 +258,7 @@ def test_memcached(shell, default_ports):
         )
 
 
-def test_cluster(shell, default_ports):
+def test_cluster(shell):
     """The five commands of the cluster; kill the leader."""
     nodes = [
         shell(f"exec {block(f'etcd --name n{number}')[0]}") for number in (1, 2, 3)
