@@ -19,8 +19,8 @@ The lesson is the first function, join_and_watch():
     5. wait, and show who comes and goes
     6. leave it and stop
 
-After it comes trouble: what a lesson leaves out, and a service must not. Last come words:
-what goes in, what comes out. Companion to "Creating, Joining and Leaving Groups",
+After it comes trouble: what a lesson leaves out, and a service must not. Last come
+words: what goes in, what comes out. The lesson, "Creating, Joining and Leaving Groups":
 https://www.educative.io/courses/hackers-guide-scaling-python/creating-joining-and-leaving-groups
 """
 
@@ -40,7 +40,7 @@ import traceback
 import urllib.parse
 import warnings
 
-# Until we join there is nothing to clean up: let Ctrl-C just end us, without a traceback.
+# Before step 2 there is nothing to clean up: let Ctrl-C just end us.
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 try:
@@ -53,7 +53,7 @@ UNEASY_AFTER = 2  # Seconds without an answer before we say that we are waiting.
 
 
 def join_and_watch(we):
-    """Take the six steps. `we` has our options and our state: see main().
+    """Take the six steps. `we` has our options, to which main() adds our state.
 
     Raises SystemExit with the exit status, if something ends the steps early.
     """
@@ -61,7 +61,7 @@ def join_and_watch(we):
     wait_until_our_name_is_free(we)
 
     # 1. The coordinator is our line to the backend. Its heart is a thread that beats
-    #    twice in each lease. Without it, we would be forgotten when the first lease ends.
+    #    twice in each lease. Without it, we would be forgotten when the first one ends.
     with patience(we):
         coordinator = coordination.get_coordinator(we.url, me)
         coordinator.start(start_heart=True)
@@ -99,8 +99,8 @@ def join_and_watch(we):
             over = watch(we, coordinator, members, lease)
         say(we, f"5. waited {we.wait:g} s")
 
-    # 6. We say that we leave, and the others see it at once. If we just stopped beating,
-    #    they would go on seeing us until our lease ends.
+    # 6. We say that we leave, and the others see it at once. If we just stopped
+    #    beating, they would go on seeing us until our lease ends.
     with patience(we):
         try:
             coordinator.leave_group(group).get()
@@ -114,38 +114,39 @@ def join_and_watch(we):
 
 
 class Late(BaseException):
-    """An answer took too long. Drivers catch Exception and carry on; this gets through."""
+    """An answer took too long. Some drivers swallow Exception: this gets through."""
 
 
 @contextlib.contextmanager
 def patience(we):
-    """Put an end to waiting: the requests in this block get the URL's timeout, no more.
+    """Put an end to waiting: the requests in this block get the URL's timeout (s).
 
-    Silence and errors are told once, and so is the first answer after them. They end the
-    program (exit 1) if we are not a member yet; later they end only the block.
+    Silence and errors are told once, and so is the first answer after them. They end
+    the program (exit 1) before we have joined and while we leave; else only the block.
     """
-    now = time.monotonic()
+    now, leaving = time.monotonic(), we.leaving
     seconds = min(we.timeout, max(UNEASY_AFTER, we.deadline - now))
     limit = now + seconds
     late = Late(f"no answer within {seconds:.0f} s")
 
     def trouble(words):
-        end = limit if we.deadline == math.inf else max(limit, we.deadline)
         if not we.in_trouble:
+            end = limit if we.deadline == math.inf else max(limit, we.deadline)
             left = end - time.monotonic()
             warn(we, f"{we.backend}: {words}; trying for another {left:.0f} s")
         we.in_trouble = True
 
     def ring(*_):
-        raise late
+        if we.leaving == leaving:  # Else a signal has just ended this block: let it.
+            raise late
 
     signal.signal(signal.SIGALRM, ring)
-    # A signal ends the waiting. But while the name server is silent, Python hears none:
-    # so threads tell of the silence, and end the program where we must not go on.
+    # A signal ends the waiting. But while a name server is silent, Python hears none.
+    # So threads tell of the silence, and end the program where the signal could not.
     timers = []
     if seconds > UNEASY_AFTER:
         timers.append(threading.Timer(UNEASY_AFTER, trouble, ["no answer"]))
-    if we.leaving or not we.joined:
+    if leaving or not we.joined:
         timers.append(threading.Timer(seconds + 0.5, give_up, [we, late]))
     try:
         try:
@@ -161,7 +162,7 @@ def patience(we):
             warn(we, f"{we.backend} answers again")
         we.in_trouble = False
     except (Exception, Late) as error:  # noqa: BLE001 (drivers raise what they like)
-        if we.leaving or not we.joined:
+        if leaving or not we.joined:
             give_up(we, error)
         trouble(reason(error))
 
@@ -176,24 +177,23 @@ def look(we, coordinator):
 
 
 def wait_until_our_name_is_free(we):
-    """Return when no member has our name. If one alive has it, end the program (exit 1).
+    """Return when no member has our name. If one alive has it, end the program.
 
     A name in the list belongs to somebody alive, or to somebody who crashed and whose
     lease still runs. Nobody can tell which, except by waiting for one lease to end.
     """
     # We look under a name that no client can have. On memcached, a beat under our own
-    # would keep a dead namesake looking alive, and our stop() would throw out a living one.
+    # would keep a dead namesake in the list, and stop() would throw a living one out.
     # "sync" spares us a thread: here, the call itself does the work behind the future.
     with patience(we):
         other = f"{we.client}?".encode()
         scout = coordination.get_coordinator(we.url, other, executor="sync")
         scout.start()
         lease = scout.heartbeat()
-        if lease is None:  # A driver that needs no heartbeats.
-            lease = we.timeout
-        if lease < 1:
+        if lease is not None and lease < 1:
             raise ValueError("a lease must be 1 s or longer")
-    enough, limit = lease + 2, None  # Backends are a little late in forgetting.
+    # None: a driver without heartbeats. And backends are a little late in forgetting.
+    enough, limit = (lease or we.timeout) + 2, None
     while we.client.encode() in look(we, scout):
         if limit is None:
             limit = time.monotonic() + enough
@@ -213,8 +213,8 @@ def sort_out_our_name(we, coordinator):
     """Our name was free, and yet we cannot join under it: find out whose it is."""
     group = we.group.encode()
     if we.client.encode() not in coordinator.get_members(group).get():
-        # A crashed client on the file driver, which hides its file when the lease ends,
-        # and still refuses its name. Leaving under that name removes the file.
+        # A crashed client on the file driver, which hides its file when the lease
+        # ends, and still refuses its name. Leaving under that name removes the file.
         coordinator.leave_group(group).get()
         coordinator.join_group(group).get()
         say(we, f"3. joined {we.group}, after removing what a crash had left")
@@ -228,22 +228,26 @@ def sort_out_our_name(we, coordinator):
 
 
 def watch(we, coordinator, members, lease):
-    """Show who comes and goes. Return True when the wait is over, False if we are out."""
+    """Show who comes and goes. Return True when the wait is over, False if we are out.
+
+    `members` are those we have shown, a set of bytes; `lease` is in seconds, or None.
+    """
     we.deadline = min(we.deadline, time.monotonic() + we.wait)
     if we.in_trouble:  # We could not join again: try soon, until the wait is over.
         time.sleep(UNEASY_AFTER)
         return time.monotonic() >= we.deadline
     while (left := we.deadline - time.monotonic()) > 0:
         status(we, f"{left:.0f} s left, heartbeats sent: {coordinator.heart.beats}")
-        # On memcached, a look is one request for each member: in a crowd, look less often.
+        # On memcached, a look is one request for each member: so in a crowd we look
+        # less often, at 1000 members once a second.
         before = time.monotonic()
         time.sleep(min(left, max(LOOK_EVERY, len(members) / 1000)))
         slept = time.monotonic() - before
         now = look(we, coordinator)
         if now is None:
             continue
-        # A group is a set, so the news are two differences. We say "gone", as Tooz cannot
-        # tell a member that left from one that died.
+        # A group is a set: who is new and who is missing are two differences. We say
+        # "gone", as Tooz cannot tell a member that left from one that died.
         news = [(text_of(who), "joined") for who in now - members]
         news += [(text_of(who), "gone") for who in members - now]
         for who, what in sorted(news):
@@ -262,41 +266,31 @@ def watch(we, coordinator, members, lease):
 
 @contextlib.contextmanager
 def until_it_is_time_to_go(we):
-    """Run the block until it ends, or Ctrl-C, SIGTERM or SIGHUP ends it; then we leave."""
+    """Run the block until it ends, or Ctrl-C, SIGTERM or SIGHUP ends it; then go on."""
 
     def end(number, _):
-        leave_undisturbed()  # At once, as the next signal may come before the exit.
-        sys.exit(128 + number)
-
-    def leave_undisturbed():
-        # Whatever ended us now would leave us in the list for a lease. `timeout` sends its
-        # signal twice, `uv run` in a script too: only a later Ctrl-C is a person's.
-        began = time.monotonic()
-
-        def kill(number, _):
-            if time.monotonic() - began > 0.25:
-                signal.signal(number, signal.SIG_DFL)
-                signal.raise_signal(number)
-
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-            signal.signal(signal.SIGINT, kill)
+        if not we.leaving:
+            we.leaving = time.monotonic()
+            sys.exit(128 + number)
+        # Whatever ended us now would leave us in the list for a lease. `timeout` sends
+        # its signal twice, `uv run` in a script too: a person's Ctrl-C comes later.
+        if number == signal.SIGINT and time.monotonic() - we.leaving > 0.25:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or & in a script
+        if signal.getsignal(number) != signal.SIG_IGN:  # Or nohup would be undone.
             signal.signal(number, end)
     try:
         try:
             yield
         finally:
-            leave_undisturbed()
+            we.leaving = we.leaving or time.monotonic()
     except SystemExit as end_of_wait:
         we.status = end_of_wait.code
-    we.leaving = True
     with contextlib.suppress(SystemExit):  # The terminal may have gone.
         status(we, "leaving")
-    # A backend that is silent by now gets one last chance, a short one.
+    # A backend that was silent already gets one last chance, of UNEASY_AFTER.
     we.deadline = time.monotonic() if we.in_trouble else math.inf
 
 
@@ -311,6 +305,7 @@ def give_up(we, error):
     if isinstance(error, ImportError):
         what = "-r requirements.txt" if scheme in ADVICE else f"'tooz[{scheme}]'"
         advice = f"Install what is needed: pip install {what}"
+    # A mistake in the URL. Some errors of the network are ValueErrors too.
     elif isinstance(error, ValueError) and not isinstance(error, OSError):
         advice = EXAMPLES
     advice += "\n  Without a server: file:///tmp/tooz"
@@ -319,11 +314,13 @@ def give_up(we, error):
 
 
 def reason(error):
-    """Return the cause of an error in words. Drivers wrap it, some in empty wrappers."""
+    """Return the cause of an error in words. Drivers wrap it, some in empty errors."""
     chain = []
     while error:
         chain.append(error)
         error = error.__cause__ or error.__context__
+    # Best are the words of the network, then the server's, which etcd3gw keeps apart.
+    # If there are none, the name of the error must do. A page of HTML says nothing.
     texts = [str(one) for one in reversed(chain) if isinstance(one, OSError)]
     texts += [getattr(one, "detail_text", None) for one in chain]
     texts += [str(one) for one in chain]
@@ -336,10 +333,9 @@ def reason(error):
 
 # --- Words ---
 
-ERASE = "\r\x1b[K"  # Takes the status line off a terminal.
 ADVICE = {
     "etcd3+http": """Start etcd: etcd --data-dir /tmp/etcd-data
-  If it runs there with TLS: etcd3+https://HOST?ca_cert=FILE (its authority's certificate).
+  If it runs with TLS: etcd3+https://HOST?ca_cert=FILE (its authority's certificate).
   If it asks for a password: Tooz cannot give one to etcd.""",
     "etcd3+https": "The certificate of the server's authority goes into ?ca_cert=FILE",
     "memcached": """Start memcached: memcached -u memcache
@@ -381,6 +377,7 @@ def options():
     add("url", metavar="BACKEND_URL", nargs="?", help="any Tooz URL")
     add("--wait", metavar="SECONDS", type=float, default=60, help="time to stay (60)")
     add("--debug", action="store_true", help="show Tooz's own log, and tracebacks")
+    # argparse repeats what it does not understand: that may be a URL.
     parser.error = lambda message: error(without_passwords(message))
     we = parser.parse_args()
     if not 0 <= we.wait < math.inf:
@@ -389,7 +386,7 @@ def options():
 
 
 def check_url(url):
-    """Return a URL's timeout (s). Raise ValueError for mistakes that Tooz would not see."""
+    """Return a URL's timeout (s). Raise ValueError for mistakes that Tooz lets pass."""
     try:
         parts = urllib.parse.urlsplit(url)
     except ValueError:  # Its words may have a part of a password.
@@ -401,7 +398,7 @@ def check_url(url):
             raise ValueError("the port is not a number from 1 to 65535")
     timeout = urllib.parse.parse_qs(parts.query).get("timeout", ["30"])[-1]
     if not re.fullmatch(r"[1-9]\d{0,5}", timeout):
-        raise ValueError("timeout= takes a whole number of seconds, 1 or more")
+        raise ValueError("timeout= takes a whole number of seconds, 1 to 999999")
     return int(timeout)
 
 
@@ -412,7 +409,7 @@ def without_passwords(text):
 
 
 def promises(coordinator, lease):
-    """Say what the backend promises: its lease, and the characteristics of its driver."""
+    """Return what the backend promises: its lease (s), its driver's characteristics."""
     names = sorted(one.name for one in coordinator.CHARACTERISTICS)
     # Every driver works across threads and processes: not worth a word.
     names = [name for name in names if not name.endswith(("THREADS", "PROCESSES"))]
@@ -422,7 +419,7 @@ def promises(coordinator, lease):
 
 
 def text_of(name):
-    """Return a member's name as text. Other programs may join under any bytes or str."""
+    """Return a member's name as text. Other programs may join under odd ones."""
     text = name.decode(errors="replace") if isinstance(name, bytes) else name
     return "".join(one if one.isprintable() else "?" for one in text)
 
@@ -434,9 +431,8 @@ def listing(members):
 
 def say(we, text, end="\n"):
     """Print a line of the lesson at once. SystemExit(0) if its reader has gone."""
-    line = f"{ERASE if we.on_terminal else ''}{we.client}: {text}"
     try:
-        print(line, end=end, flush=True)
+        print(f"{we.erase}{we.client}: {text}", end=end, flush=True)
     except OSError as error:
         sys.stdout = None  # From here on, print() prints nothing.
         if error.errno in (errno.EPIPE, errno.EIO):  # a pipe's reader, a terminal
@@ -448,28 +444,33 @@ def say(we, text, end="\n"):
 def status(we, text):
     """Redraw the status line: in a terminal, unless we run in its background."""
     with contextlib.suppress(OSError):  # stdout is not our terminal, or not any more.
-        if we.on_terminal and os.tcgetpgrp(1) == os.getpgrp():
-            room = shutil.get_terminal_size().columns - len(we.client) - 3
-            say(we, text[: max(0, room)], end="")
+        if we.erase and os.tcgetpgrp(1) == os.getpgrp():
+            # A line that is too long for the terminal could not be redrawn.
+            room = shutil.get_terminal_size().columns - len(f"{we.client}: ") - 1
+            if room > 0:
+                say(we, text[:room], end="")
 
 
 def warn(we, text):
-    """Print trouble on stderr; with --debug, also the traceback of the error at hand."""
+    """Print trouble on stderr; with --debug, the traceback of the error, too."""
     if we.debug and sys.exc_info()[1]:
         text = f"{text}\n{traceback.format_exc()}"
-    with contextlib.suppress(OSError):  # stderr may have gone, like stdout.
-        print(ERASE if we.on_terminal else "", end="", flush=True)
+    with contextlib.suppress(OSError):  # Either may have gone, and the other not.
+        print(we.erase, end="", flush=True)
+    with contextlib.suppress(OSError):
         print(f"{we.client}: {without_passwords(text)}", file=sys.stderr, flush=True)
 
 
 def main():
     """Run the program; return its exit status."""
     we = options()
-    we.url = we.url or os.environ.get("TOOZ_BACKEND_URL") or "etcd3+http://localhost"
+    url = we.url or os.environ.get("TOOZ_BACKEND_URL") or "etcd3+http://localhost"
+    we.url = re.sub("^etcd3://", "etcd3+http://", url)  # The lesson's driver left Tooz.
     we.backend = without_passwords(we.url)
     if sys.stdout:
-        sys.stdout.reconfigure(errors="replace")  # Names may have letters it has not.
-    we.on_terminal = sys.stdout and sys.stdout.isatty() and os.getenv("TERM") != "dumb"
+        sys.stdout.reconfigure(errors="replace")  # Names may have any letters.
+    terminal = sys.stdout and sys.stdout.isatty() and os.getenv("TERM") != "dumb"
+    we.erase = "\r\x1b[K" if terminal else ""  # Takes the status line off a terminal.
     we.timeout = 30  # How long a request may take (s), until we know the URL's.
     we.deadline = math.inf  # When the wait is over, by time.monotonic().
     we.status = 0  # Our exit status, if we leave without trouble.
@@ -478,13 +479,11 @@ def main():
         logging.basicConfig()
         logging.getLogger("tooz").setLevel(logging.DEBUG)
     else:
-        logging.disable()  # Or the heart would warn each second that the backend is away.
+        logging.disable()  # Or the heart would warn, each second, of a silent backend.
         warnings.simplefilter("ignore")  # urllib3 has one for the Python of macOS.
     try:
-        if we.url.startswith("etcd3://"):  # The lesson's. Its driver has left Tooz.
-            we.url = we.url.replace("etcd3", "etcd3+http", 1)
-            say(we, f"{we.backend} is now {(shown := without_passwords(we.url))}")
-            we.backend = shown
+        if we.url != url:
+            say(we, f"{without_passwords(url)} is now {we.backend}")
         with patience(we):
             we.timeout = check_url(we.url)
         join_and_watch(we)
@@ -494,5 +493,5 @@ def main():
 
 
 if __name__ == "__main__":
-    # A request that is never answered keeps its thread, which would keep us: do not wait.
+    # A request that is never answered keeps its thread, which would keep us: just go.
     os._exit(main())

@@ -121,13 +121,9 @@ class Client(Watched, pexpect.popen_spawn.PopenSpawn):
 class TerminalClient(Watched, pexpect.spawn):
     """The script in a real terminal of 80 columns."""
 
-    def __init__(self, *arguments):
-        super().__init__(
-            *command(*arguments)[:1],
-            command(*arguments)[1:],
-            encoding="utf-8",
-            preexec_fn=start_afresh,
-        )
+    def __init__(self, *arguments, under=()):
+        program, *rest = [*under, *command(*arguments)]
+        super().__init__(program, rest, encoding="utf-8", preexec_fn=start_afresh)
         self.begin()
 
     def ends(self, status):

@@ -347,6 +347,43 @@ def test_second_ctrl_c_kills(tmp_path, group, start):
         server.kill()
 
 
+def test_signal_while_suspended(tmp_path, group, start):
+    """Resumed with an overdue request, it still hears what came first: to leave."""
+    server = BACKENDS["memcached"](tmp_path).start()
+    try:
+        a = start("A", group, server.url(timeout=5), "--wait", "600")
+        a.sees("4. members: A\n")
+        server.pause()
+        a.sees("no answer; trying for another")
+        a.hit(signal.SIGSTOP)
+        a.hit(signal.SIGHUP)
+        time.sleep(4)  # Two seconds have gone by: now the request is overdue.
+        server.resume()
+        a.hit(signal.SIGCONT)
+        a.sees(f"6. left {group} and stopped\n")
+        a.ends(129)
+    finally:
+        server.kill()
+
+
+def test_terminal_and_backend_gone(tmp_path, group, start):
+    """Where stderr goes to a file, the trouble is told there."""
+    server = BACKENDS["memcached"](tmp_path).start()
+    errors = tmp_path / "errors"
+    try:
+        under = ["bash", "-c", f'exec "$@" 2>{errors}', "-"]
+        a = start("A", group, server.url(), kind=TerminalClient, under=under)
+        a.sees("4. members: A", "heartbeats sent: ")
+        server.pause()
+        wait_until(lambda: "no answer" in errors.read_text())
+        a.ptyproc.fileobj.close()
+        a.wait()
+    finally:
+        server.kill()
+    assert f"A: could not leave {group}: no answer" in errors.read_text()
+    assert a.exitstatus == 1
+
+
 @pytest.mark.skipif(not shutil.which("timeout"), reason="macOS has no timeout")
 def test_timeout_command(shared_servers, group, start):
     """`timeout` sends SIGTERM twice in a row; the client leaves all the same."""

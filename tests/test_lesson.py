@@ -121,6 +121,15 @@ def test_narrow_terminal(shared_servers, group, start):
     a.sees(r"\x1b\[Kx{70}: \d+ s l?e?f?\r", r"\x1b\[Kx{70}: \d+ s l?e?f?\r")
 
 
+def test_no_room_for_a_status_line(shared_servers, group, start):
+    """A name that fills the terminal: only the lesson is printed."""
+    url = shared_servers("file").url()
+    a = start("x" * 79, group, url, "--wait", "1", kind=TerminalClient)
+    a.ends(0)
+    steps = re.findall(r"\x1b\[Kx{79}: (.)", a.transcript)
+    assert "".join(steps) == "1 23456"
+
+
 @pytest.mark.parametrize("bad", ["", "a/b", "a b", "é", "x" * 101, "a\n", "clientA?"])
 def test_names(bad):
     """Names are what every backend can hold."""
@@ -417,3 +426,16 @@ def test_inline_metadata():
     assert json.loads(metadata["dependencies"]) == required
     assert metadata["requires-python"] == '">=3.9"'
     assert len(required) == 3
+
+
+def test_shape():
+    """One script, and beside it nothing but what a reader or a test needs."""
+    files = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).split()
+    assert {name.split("/")[0] for name in files} == {
+        ".ci",
+        ".gitignore",
+        "README.md",
+        "requirements.txt",
+        "tests",
+        "tooz_join_group.py",
+    }
