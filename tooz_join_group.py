@@ -48,7 +48,7 @@ try:
 except ImportError as missing:
     sys.exit(f"{missing}. Install what is needed: pip install -r requirements.txt")
 
-LOOK_EVERY = 0.25  # Seconds between two looks at the list of members.
+LOOK_EVERY = 0.27  # Seconds between two looks: a change shows within 0.3 s.
 UNEASY_AFTER = 2  # Seconds without an answer before we say that we are waiting.
 
 
@@ -137,20 +137,23 @@ def patience(we):
         we.in_trouble = True
 
     def ring(*_):
-        if we.leaving == leaving:  # Else a signal has just ended this block: let it.
+        left = limit - time.monotonic()
+        if left > 0:
+            signal.setitimer(signal.ITIMER_REAL, left)
+            trouble("no answer")
+        elif we.leaving == leaving:  # Else a signal has just ended this block: let it.
             raise late
 
     signal.signal(signal.SIGALRM, ring)
-    # A signal ends the waiting. But while a name server is silent, Python hears none.
-    # So threads tell of the silence, and end the program where the signal could not.
+    # While a name server is silent, Python hears no signal. So where we cannot go on
+    # without an answer, threads do the same, a little later.
     timers = []
-    if seconds > UNEASY_AFTER:
-        timers.append(threading.Timer(UNEASY_AFTER, trouble, ["no answer"]))
     if leaving or not we.joined:
+        timers.append(threading.Timer(UNEASY_AFTER + 0.5, trouble, ["no answer"]))
         timers.append(threading.Timer(seconds + 0.5, give_up, [we, late]))
     try:
         try:
-            signal.setitimer(signal.ITIMER_REAL, seconds)
+            signal.setitimer(signal.ITIMER_REAL, min(UNEASY_AFTER, seconds))
             for timer in timers:
                 timer.start()
             yield
