@@ -180,7 +180,7 @@ def look(we, coordinator):
 
 
 def wait_until_our_name_is_free(we):
-    """Return when no member has our name. If one alive has it, end the program.
+    """Return when no member has our name; exit (status 1) if one alive has it.
 
     A name in the list belongs to somebody alive, or to somebody who crashed and whose
     lease still runs. Nobody can tell which, except by waiting for one lease to end.
@@ -241,7 +241,7 @@ def watch(we, coordinator, members, lease):
         return time.monotonic() >= we.deadline
     while (left := we.deadline - time.monotonic()) > 0:
         status(we, f"{left:.0f} s left, heartbeats sent: {coordinator.heart.beats}")
-        # On memcached, a look is one request for each member: so in a crowd we look
+        # On memcached and files, a look asks for each member: so in a crowd we look
         # less often, with 400 members twice a second.
         before = time.monotonic()
         time.sleep(min(left, max(LOOK_EVERY, len(members) / 800)))
@@ -308,9 +308,8 @@ def give_up(we, error):
     if isinstance(error, ImportError):
         what = "-r requirements.txt" if scheme in ADVICE else f"'tooz[{scheme}]'"
         advice = f"Install what is needed: pip install {what}"
-    # A mistake in the URL. Some errors of the network are ValueErrors too.
     elif isinstance(error, ValueError) and not isinstance(error, OSError):
-        advice = EXAMPLES
+        advice = EXAMPLES  # A mistake in the URL. Errors of the network can be both.
     advice += "\n  Without a server: file:///tmp/tooz"
     warn(we, f"cannot use {we.backend}: {reason(error)}\n  {advice}")
     os._exit(1)
@@ -422,7 +421,7 @@ def promises(coordinator, lease):
 
 
 def text_of(name):
-    """Return a member's name as text. Other programs may join under odd ones."""
+    """Return a member's name as text. Others may join under any bytes, or a str."""
     text = name.decode(errors="replace") if isinstance(name, bytes) else name
     return "".join(one if one.isprintable() else "?" for one in text)
 
@@ -471,13 +470,14 @@ def main():
     we.url = re.sub("^etcd3://", "etcd3+http://", url)  # The lesson's driver left Tooz.
     we.backend = without_passwords(we.url)
     if sys.stdout:
-        sys.stdout.reconfigure(errors="replace")  # Names may have any letters.
+        sys.stdout.reconfigure(errors="replace")  # For names that it cannot encode.
     terminal = sys.stdout and sys.stdout.isatty() and os.getenv("TERM") != "dumb"
     we.erase = "\r\x1b[K" if terminal else ""  # Takes the status line off a terminal.
     we.timeout = 30  # How long a request may take (s), until we know the URL's.
     we.deadline = math.inf  # When the wait is over, by time.monotonic().
     we.status = 0  # Our exit status, if we leave without trouble.
-    we.joined = we.in_trouble = we.leaving = False
+    we.leaving = None  # When we began to leave, by time.monotonic().
+    we.joined = we.in_trouble = False
     if we.debug:
         logging.basicConfig()
         logging.getLogger("tooz").setLevel(logging.DEBUG)
