@@ -118,12 +118,12 @@ class Client(Watched, pexpect.popen_spawn.PopenSpawn):
         assert "Traceback" not in self.transcript, self.transcript
 
 
-class TerminalClient(Watched, pexpect.spawn):
-    """The script in a real terminal of 80 columns."""
+class Terminal(Watched, pexpect.spawn):
+    """A command in a real terminal of 80 columns."""
 
-    def __init__(self, *arguments, under=()):
-        program, *rest = [*under, *command(*arguments)]
-        super().__init__(program, rest, encoding="utf-8", preexec_fn=start_afresh)
+    def __init__(self, program, *arguments, **options):
+        options = {"encoding": "utf-8", "preexec_fn": start_afresh, **options}
+        super().__init__(program, [*arguments], **options)
         self.begin()
 
     def ends(self, status):
@@ -132,6 +132,13 @@ class TerminalClient(Watched, pexpect.spawn):
         self.close()
         assert self.exitstatus == status, self.transcript
         assert "Traceback" not in self.transcript, self.transcript
+
+
+class TerminalClient(Terminal):
+    """The script in a terminal."""
+
+    def __init__(self, *arguments, under=()):
+        super().__init__(*under, *command(*arguments))
 
 
 @pytest.fixture
@@ -373,6 +380,11 @@ def group(request):
     """A group of the test's own."""
     name = re.sub(r"[^A-Za-z0-9]+", "-", request.node.name).strip("-")
     return f"{name[:60]}.{time.time_ns() % 10**9}"
+
+
+def own(name):
+    """Run a test on a backend of its own, of that kind."""
+    return pytest.mark.parametrize("own_backend", [name], indirect=True)
 
 
 def three(fixture="backend"):

@@ -13,7 +13,16 @@ import time
 
 import pexpect
 import pytest
-from conftest import BACKENDS, CLOCK, LIMIT, TerminalClient, command, run, wait_until
+from conftest import (
+    BACKENDS,
+    CLOCK,
+    LIMIT,
+    TerminalClient,
+    command,
+    own,
+    run,
+    wait_until,
+)
 from tooz import coordination
 
 ALL = ["etcd", "cluster", "memcached", "file"]
@@ -332,54 +341,45 @@ def test_crowd(backend, group, start):
 # --- Ways to end that no table needs ---
 
 
-def test_second_ctrl_c_kills(tmp_path, group, start):
+@own("memcached")
+def test_second_ctrl_c_kills(own_backend, group, start):
     """While leaving is stuck, a second Ctrl-C ends it at once, without a traceback."""
-    server = BACKENDS["memcached"](tmp_path).start()
-    try:
-        a = start("A", group, server.url())
-        a.sees("4. members: A\n")
-        server.pause()
-        a.hit(signal.SIGINT)
-        a.sees("no answer; trying for another")
-        a.hit(signal.SIGINT)
-        a.ends(-signal.SIGINT)
-    finally:
-        server.kill()
+    a = start("A", group, own_backend.url())
+    a.sees("4. members: A\n")
+    own_backend.pause()
+    a.hit(signal.SIGINT)
+    a.sees("no answer; trying for another")
+    a.hit(signal.SIGINT)
+    a.ends(-signal.SIGINT)
 
 
-def test_signal_while_suspended(tmp_path, group, start):
+@own("memcached")
+def test_signal_while_suspended(own_backend, group, start):
     """Resumed with an overdue request, it still hears what came first: to leave."""
-    server = BACKENDS["memcached"](tmp_path).start()
-    try:
-        a = start("A", group, server.url(timeout=5), "--wait", "600")
-        a.sees("4. members: A\n")
-        server.pause()
-        a.sees("no answer; trying for another")
-        a.hit(signal.SIGSTOP)
-        a.hit(signal.SIGHUP)
-        time.sleep(4)  # Two seconds have gone by: now the request is overdue.
-        server.resume()
-        a.hit(signal.SIGCONT)
-        a.sees(f"6. left {group} and stopped\n")
-        a.ends(129)
-    finally:
-        server.kill()
+    a = start("A", group, own_backend.url(timeout=5), "--wait", "600")
+    a.sees("4. members: A\n")
+    own_backend.pause()
+    a.sees("no answer; trying for another")
+    a.hit(signal.SIGSTOP)
+    a.hit(signal.SIGHUP)
+    time.sleep(4)  # Two seconds had gone by: now the request is overdue.
+    own_backend.resume()
+    a.hit(signal.SIGCONT)
+    a.sees(f"6. left {group} and stopped\n")
+    a.ends(129)
 
 
-def test_terminal_and_backend_gone(tmp_path, group, start):
+@own("memcached")
+def test_terminal_and_backend_gone(own_backend, tmp_path, group, start):
     """Where stderr goes to a file, the trouble is told there."""
-    server = BACKENDS["memcached"](tmp_path).start()
     errors = tmp_path / "errors"
-    try:
-        under = ["bash", "-c", f'exec "$@" 2>{errors}', "-"]
-        a = start("A", group, server.url(), kind=TerminalClient, under=under)
-        a.sees("4. members: A", "heartbeats sent: ")
-        server.pause()
-        wait_until(lambda: "no answer" in errors.read_text())
-        a.ptyproc.fileobj.close()
-        a.wait()
-    finally:
-        server.kill()
+    under = ["bash", "-c", f'exec "$@" 2>{errors}', "-"]
+    a = start("A", group, own_backend.url(), kind=TerminalClient, under=under)
+    a.sees("4. members: A", "heartbeats sent: ")
+    own_backend.pause()
+    wait_until(lambda: "no answer" in errors.read_text())
+    a.ptyproc.fileobj.close()
+    a.wait()
     assert f"A: could not leave {group}: no answer" in errors.read_text()
     assert a.exitstatus == 1
 

@@ -22,6 +22,7 @@ from conftest import (
     Etcd,
     TerminalClient,
     command,
+    own,
     run,
     three,
 )
@@ -218,16 +219,8 @@ EXAMPLE = "Examples: etcd3+http://localhost, memcached://localhost"
             "closed connection without response",
             ETCD,
         ),
-        (
-            "etcd3+http://nosuch.invalid",
-            "(?i)name|resolution|known|no answer within",
-            ETCD,
-        ),
-        (
-            "memcached://nosuch.invalid",
-            "(?i)name|resolution|known|no answer within",
-            MEMCACHED,
-        ),
+        ("etcd3+http://nosuch.invalid", "(?i)name|resolution|known", ETCD),
+        ("memcached://nosuch.invalid", "(?i)name|resolution|known", MEMCACHED),
         ("etcd4://localhost", "No .* driver found, looking for 'etcd4'", EXAMPLE),
         ("localhost", "No .* driver found", EXAMPLE),
         (
@@ -299,10 +292,11 @@ def can_have_a_network_of_its_own():
     return subprocess.run([*NAMESPACE, "true"], check=False).returncode == 0
 
 
-@pytest.mark.skipif(not can_have_a_network_of_its_own(), reason="no namespaces here")
 @pytest.mark.parametrize("scheme", ["etcd3+http", "memcached"])
 def test_silent_name_server(scheme, tmp_path, group, start):
     """Python asks it for longer than that, and hears no signal meanwhile."""
+    if not can_have_a_network_of_its_own():
+        pytest.skip("no namespaces here")
     under = [*NAMESPACE, "bash", "-c", SILENT_NAME_SERVER, "-", str(tmp_path)]
     a = start("A", group, f"{scheme}://nosuch.example?timeout=3", under=under)
     a.sees(r"no answer; trying for another \d s\n", r"no answer within 3 s\n")
@@ -372,16 +366,13 @@ def test_wrong_certificate(tls, group, case):
     assert done.returncode == 1
 
 
-def test_password_asked_for(tmp_path, group):
+@own("etcd")
+def test_password_asked_for(own_backend, group):
     """An etcd with authentication on: say what it said, and that Tooz cannot log in."""
-    server = Etcd(tmp_path).start()
-    try:
-        server.ctl("user", "add", "root:pw")
-        server.ctl("user", "grant-role", "root", "root")
-        server.ctl("auth", "enable")
-        done = run("A", group, server.url(), "--wait", "0")
-    finally:
-        server.kill()
+    own_backend.ctl("user", "add", "root:pw")
+    own_backend.ctl("user", "grant-role", "root", "root")
+    own_backend.ctl("auth", "enable")
+    done = run("A", group, own_backend.url(), "--wait", "0")
     assert "etcdserver: user name is empty" in done.stderr
     assert "password" in done.stderr
     assert done.returncode == 1

@@ -14,8 +14,9 @@ from conftest import (
     LIMIT,
     ROOT,
     SCRIPT,
-    Etcd,
+    Terminal,
     Watched,
+    own,
     run,
     start_afresh,
     wait_until,
@@ -25,6 +26,9 @@ from test_faults import ROWS
 
 README = (ROOT / "README.md").read_text()
 LINES = SCRIPT.read_text().splitlines()
+# What a reader's shell has, with the commands of our own virtual environment.
+PATH = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+ENVIRONMENT = {**os.environ, "PATH": PATH}
 BLOCKS = re.findall(r"(?ms)^( *)```(\w+)\n(.*?)^\1```$", README)
 
 
@@ -58,12 +62,11 @@ class Shell(Watched, PopenSpawn):
     """A command line of the README, in a process group of its own."""
 
     def __init__(self, text, folder, **environment):
-        path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
         super().__init__(
             ["bash", "-c", text.replace("/tmp/", f"{folder}/")],
             encoding="utf-8",
             cwd=ROOT,
-            env={**os.environ, "PATH": path, **environment},
+            env={**ENVIRONMENT, **environment},
             preexec_fn=start_afresh,
         )
         self.begin()
@@ -143,25 +146,15 @@ def test_try_it_now(tmp_path, shell):
         ], one.transcript
 
 
-def test_uv(tmp_path):
+def test_uv(tmp_path, start):
     """The same with uv, in a terminal: it reads the script's own list of packages."""
     command, _ = block("uv run")
-    command = command.replace("/tmp/", f"{tmp_path}/").split()
-    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
-    one = pexpect.spawn(
-        command[0],
-        command[1:],
-        cwd=ROOT,
-        env={**os.environ, "PATH": path},
-        encoding="utf-8",
-        preexec_fn=start_afresh,
-    )
+    words = command.replace("/tmp/", f"{tmp_path}/").split()
+    one = start(*words, kind=Terminal, cwd=ROOT, env=ENVIRONMENT)
     one.expect("4. members: clientA\r\n", timeout=4 * LIMIT)
     one.sendintr()
-    one.expect("6. left group1 and stopped", timeout=LIMIT)
-    one.expect(pexpect.EOF, timeout=LIMIT)
-    one.close()
-    assert one.exitstatus == 130
+    one.sees("6. left group1 and stopped")
+    one.ends(130)
 
 
 def test_etcd(shell, default_etcd_port):
@@ -301,7 +294,8 @@ def test_cluster(shell):
     assert "gone" not in a.transcript
 
 
-def test_side_by_side(tmp_path, start):
+@own("etcd")
+def test_side_by_side(own_backend, start):
     """Each column is what that client prints, line by line."""
     text = next(text for _, _, text in BLOCKS if text.startswith("clientA   "))
     cells = [line.split("|") for line in text.splitlines()[2:]]
@@ -309,27 +303,23 @@ def test_side_by_side(tmp_path, start):
         "".join(row[at].strip() + " " for row in cells if len(row) > at)
         for at in range(3)
     ]
-    server = Etcd(tmp_path).start()
-    try:
-        url = server.url(timeout=5)
-        a = start("clientA", "group1", url, "--wait", "20")
-        a.sees("4. members")
-        b = start("clientB", "group1", url)
-        a.sees("clientB joined")
-        c = start("clientC", "group1", url)
-        c.sees("4. members: .*\n")
-        b.sees("clientC joined, members: .*\n")
-        c.hit(signal.SIGKILL)
-        a.sees("clientC gone")
-        b.sees("clientC gone, members: .*\n")
-        b.hit(signal.SIGINT)
-        b.ends(130)
-        a.ends(0)
-    finally:
-        server.kill()
+    url = own_backend.url(timeout=5)
+    a = start("clientA", "group1", url, "--wait", "20")
+    a.sees("4. members")
+    b = start("clientB", "group1", url)
+    a.sees("clientB joined")
+    c = start("clientC", "group1", url)
+    c.sees("4. members: .*\n")
+    b.sees("clientC joined, members: .*\n")
+    c.hit(signal.SIGKILL)
+    a.sees("clientC gone")
+    b.sees("clientC gone, members: .*\n")
+    b.hit(signal.SIGINT)
+    b.ends(130)
+    a.ends(0)
 
     def squeezed(text):
-        text = text.replace(f"127.0.0.1:{server.port}", "localhost")
+        text = text.replace(f"127.0.0.1:{own_backend.port}", "localhost")
         text = masked(text).replace("HH:MM:SS (kill -9)", "").replace("^C", "")
         return "".join(text.split())
 
