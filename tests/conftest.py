@@ -349,10 +349,17 @@ def own_backend(request, tmp_path):
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the longest tests; end with those that wait for all others to end."""
+    """Begin with the longest tests; end with those that wait for all others to end.
+
+    Those that install packages come in between: they keep the disk busy, while each
+    etcd that has just started waits for it.
+    """
 
     def order(item):
-        return bool(item.get_closest_marker("alone")), item.path.stem != "test_readme"
+        long = item.path.stem == "test_readme"
+        installs = item.name in {"test_try_it_now", "test_uv"}
+        alone = item.get_closest_marker("alone") is not None
+        return alone, installs, not long
 
     items.sort(key=order)
 
