@@ -79,6 +79,8 @@ class Watched:
 
     def begin(self):
         self.logfile_read = io.StringIO()
+        # Else PopenSpawn looks for output every 0.1 ms: a few such waits fill a core.
+        self.delayafterread = 0.005
 
     def sees(self, *patterns):
         """Wait until the patterns appear in the output, one after the other."""
