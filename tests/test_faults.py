@@ -49,7 +49,7 @@ def pair(start, group, url, *options):
 
 def both_answer(start, group, url, a, b):
     """A third client joins: all three must show all three. Then let A and B go."""
-    c = start("C", group, url, "--wait", "1")
+    c = start("C", group, url)
     c.sees("4. members: A, B, C\n")
     for client in a, b:
         client.sees("C joined, members: A, B, C\n")
@@ -60,6 +60,12 @@ def both_answer(start, group, url, a, b):
         client.sees(f"6. left {group} and stopped\n")
         client.ends(130)
     return so_far
+
+
+def said_once(client):
+    """Trouble is said once, and so is its end, and so on: a busy machine makes more."""
+    said = re.findall("trying for another|answers again", client.transcript)
+    assert said == (["trying for another", "answers again"] * len(said))[: len(said)]
 
 
 # --- Ways to end ---
@@ -107,7 +113,7 @@ def test_reader_goes_away(backend, group, start):
         text=True,
     )
     a.sees("B joined, members: A, B\n")
-    start("C", group, backend.url(), "--wait", "1").ends(0)  # Gives B something to say.
+    start("C", group, backend.url())  # Gives B something to say.
     a.sees("B gone, members: A")
     output, _ = pipe.communicate(timeout=LIMIT)
     assert pipe.returncode == 0
@@ -121,8 +127,9 @@ def test_crash(backend, group, start):
     b.hit(signal.SIGKILL)
     crashed = time.monotonic()
     a.sees(f"{CLOCK} B gone, members: A\n")
-    # Its last heartbeat was at most half a lease old, and servers count whole seconds.
-    assert time.monotonic() - crashed > LEASE / 2 - 1.1
+    # Its last heartbeat was about half a lease old at most, and servers count whole
+    # seconds. A client that leaves is gone in a third of a second.
+    assert time.monotonic() - crashed > LEASE / 2 - 1.5
 
 
 # --- Silence ---
@@ -159,7 +166,7 @@ def test_name_of_the_living(backend, group, start):
     assert f"B: looking for up to {LEASE + 2} s" in done.stderr
     assert "B: its owner is alive" in done.stderr
     assert (done.stdout, done.returncode) == ("", 1)
-    start("C", group, backend.url(timeout=LEASE), "--wait", "1").ends(0)
+    start("C", group, backend.url(timeout=LEASE))
     a.sees("C joined, members: A, B, C\n")
     for client in a, b:
         assert "B gone" not in client.transcript
@@ -192,7 +199,7 @@ def test_namesakes_at_once(backend, group, start):
         else:
             one.ends(1)
             assert "Take another name" in one.transcript
-    start("C", group, url, "--wait", "1").ends(0)
+    start("C", group, url)
     watcher.sees("C joined, members: C, same, watcher\n")
     assert "same gone" not in watcher.transcript
 
@@ -211,9 +218,9 @@ def test_restart(own_backend, group, start):
     own_backend.start()
     for client in a, b:
         client.sees("answers again\n")
-    seen = both_answer(start, group, url, a, b)
-    assert seen.count("trying for another") == seen.count("answers again") == 2
-    assert "gone" not in seen
+    assert "gone" not in both_answer(start, group, url, a, b)
+    said_once(a)
+    said_once(b)
 
 
 @fault("the backend restarts without its data", SERVERS, "own_backend")
@@ -245,22 +252,22 @@ def test_hang(own_backend, group, start):
     own_backend.resume()
     for client in a, b:
         client.sees("answers again\n")
-    seen = both_answer(start, group, url, a, b)
-    assert seen.count("no answer") == seen.count("answers again") == 2
-    assert "gone" not in seen
+    assert "gone" not in both_answer(start, group, url, a, b)
+    said_once(a)
+    said_once(b)
 
 
 @pytest.mark.parametrize("way", ["refuses", "is mute"])
 @fault("the backend is gone for good", SERVERS, "own_backend")
 def test_gone_for_good(own_backend, group, start, way):
     """Tried until the wait is over, then status 1, and no hang."""
-    a, b = pair(start, group, own_backend.url(), "--wait", "6")
+    a = start("A", group, own_backend.url(), "--wait", "8")
+    a.sees("4. members: A\n")
     own_backend.kill() if way == "refuses" else own_backend.pause()
-    for client in a, b:
-        client.sees("; trying for another", "5. waited 6 s\n")
-        client.sees(f"could not leave {group}: ", "forget us when our lease ends\n")
-        client.ends(1)
-        assert client.transcript.count("trying for another") == 1
+    a.sees("; trying for another", "5. waited 8 s\n")
+    a.sees(f"could not leave {group}: ", "forget us when our lease ends\n")
+    a.ends(1)
+    said_once(a)
 
 
 @fault("all members wiped", ALL, "own_backend")
@@ -476,13 +483,13 @@ def test_names_of_others(tmp_path, group, start, monkeypatch):
 def test_full_disk(shared_servers, group):
     """What cannot be written is said, once, and the client leaves."""
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            command("A", group, shared_servers("file").url()),
-            check=False,
+        done = run(
+            "A",
+            group,
+            shared_servers("file").url(),
+            capture_output=False,
             stdout=full,
             stderr=subprocess.PIPE,
-            text=True,
-            timeout=LIMIT,
         )
     assert done.stderr == "A: cannot write: No space left on device\n"
     assert done.returncode == 1

@@ -296,7 +296,7 @@ def test_cluster(shell):
 
 @own("etcd")
 def test_side_by_side(own_backend, start):
-    """Each column is what that client prints, line by line."""
+    """Each column is a client's stdout, line by line."""
     text = next(text for _, _, text in BLOCKS if text.startswith("clientA   "))
     cells = [line.split("|") for line in text.splitlines()[2:]]
     shown = [
@@ -304,11 +304,12 @@ def test_side_by_side(own_backend, start):
         for at in range(3)
     ]
     url = own_backend.url(timeout=5)
-    a = start("clientA", "group1", url, "--wait", "20")
+    stdout = {"under": ["bash", "-c", 'exec "$@" 2>/dev/null', "-"]}
+    a = start("clientA", "group1", url, "--wait", "20", **stdout)
     a.sees("4. members")
-    b = start("clientB", "group1", url)
+    b = start("clientB", "group1", url, **stdout)
     a.sees("clientB joined")
-    c = start("clientC", "group1", url)
+    c = start("clientC", "group1", url, **stdout)
     c.sees("4. members: .*\n")
     b.sees("clientC joined, members: .*\n")
     c.hit(signal.SIGKILL)
