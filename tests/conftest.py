@@ -327,34 +327,42 @@ BACKENDS = {"etcd": Etcd, "cluster": Cluster, "memcached": Memcached, "file": Fi
 
 
 def pytest_sessionstart(session):
-    """Start the servers that many tests share: once, before pytest-xdist has workers."""
+    """Start what is slow to start: once, before pytest-xdist starts its workers."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         return
     folder = tempfile.TemporaryDirectory()
     session.config.add_cleanup(folder.cleanup)
-    for name, kind in BACKENDS.items():
-        server = kind(pathlib.Path(folder.name, name))
+    for name in "etcd", "cluster":
+        server = BACKENDS[name](pathlib.Path(folder.name, name))
         session.config.add_cleanup(server.kill)
         os.environ[f"SHARED_{name}"] = server.start().base
 
 
 @pytest.fixture
-def shared_servers():
-    """Return a function from a backend's name to a running one, shared by many tests."""
+def servers(request, tmp_path):
+    """Return a function from a backend's name to one that runs: do it no harm.
 
-    def shared(name):
-        server = Server()
-        server.base = os.environ[f"SHARED_{name}"]
-        server.port = urllib.parse.urlsplit(server.base).port
-        return server
+    All tests share etcd and the cluster, but not memcached: there, a client that stops
+    takes its namesakes in all groups with it, until their next heartbeat.
+    """
 
-    return shared
+    def server(name):
+        if f"SHARED_{name}" not in os.environ:
+            own = BACKENDS[name](tmp_path)
+            request.addfinalizer(own.kill)
+            return own.start()
+        shared = Server()
+        shared.base = os.environ[f"SHARED_{name}"]
+        shared.port = urllib.parse.urlsplit(shared.base).port
+        return shared
+
+    return server
 
 
 @pytest.fixture
-def backend(request, shared_servers):
-    """A backend that many tests use at once: do it no harm."""
-    return shared_servers(request.param)
+def backend(request, servers):
+    """A backend to do no harm."""
+    return servers(request.param)
 
 
 @pytest.fixture
@@ -368,17 +376,12 @@ def own_backend(request, tmp_path):
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the longest tests; end with those that wait for all others to end.
-
-    Those that install packages come in between: they keep the disk busy, while each
-    etcd that has just started waits for it.
-    """
+    """Begin with the longest tests; end with those that wait for all others to end."""
+    files = ["test_readme", "test_faults", "test_lesson"]
 
     def order(item):
-        long = item.path.stem == "test_readme"
-        installs = item.name in {"test_try_it_now", "test_uv"}
         alone = item.get_closest_marker("alone") is not None
-        return alone, installs, not long
+        return alone, files.index(item.path.stem)
 
     items.sort(key=order)
 

@@ -71,19 +71,24 @@ def said_once(client):
 # --- Ways to end ---
 
 
-@pytest.mark.parametrize(
-    ("number", "status"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
-)
 @fault("Ctrl-C, SIGTERM, SIGHUP", ALL)
-def test_signal(backend, group, start, number, status):
+def test_signal(backend, group, start):
     """The client leaves, the other sees it, the status says why."""
-    a, b = pair(start, group, backend.url())
-    b.hit(number)
-    b.sees(f"B: 6. left {group} and stopped\n")
-    a.sees(f"{CLOCK} B gone, members: A\n")
-    b.ends(status)
-    assert "5. waited" not in b.transcript
+    a = start("A", group, backend.url())
+    a.sees("4. members: A\n")
+    for number, status in (
+        (signal.SIGINT, 130),
+        (signal.SIGTERM, 143),
+        (signal.SIGHUP, 129),
+    ):
+        b = start("B", group, backend.url())
+        a.sees(f"{CLOCK} B joined, members: A, B\n")
+        b.sees("4. members: A, B\n")
+        b.hit(number)
+        b.sees(f"B: 6. left {group} and stopped\n")
+        a.sees(f"{CLOCK} B gone, members: A\n")
+        b.ends(status)
+        assert "5. waited" not in b.transcript
 
 
 @fault("a closed terminal", ALL)
@@ -392,9 +397,9 @@ def test_terminal_and_backend_gone(own_backend, tmp_path, group, start):
 
 
 @pytest.mark.skipif(not shutil.which("timeout"), reason="macOS has no timeout")
-def test_timeout_command(shared_servers, group, start):
+def test_timeout_command(servers, group, start):
     """`timeout` sends SIGTERM twice in a row; the client leaves all the same."""
-    url = shared_servers("memcached").url()
+    url = servers("memcached").url()
     a = start("A", group, url)
     a.sees("4. members: A\n")
     b = start("B", group, url, under=["timeout", "10"])
@@ -403,16 +408,16 @@ def test_timeout_command(shared_servers, group, start):
     a.sees("B joined", "B gone")
 
 
-def test_two_signals_in_a_row(shared_servers, group, start):
+def test_two_signals_in_a_row(servers, group, start):
     """The second one is not heard, whichever it is."""
-    a = start("A", group, shared_servers("file").url())
+    a = start("A", group, servers("file").url())
     a.sees("4. members: A\n")
     for first, second in (
         (signal.SIGTERM, signal.SIGTERM),
         (signal.SIGHUP, signal.SIGTERM),
         (signal.SIGINT, signal.SIGINT),
     ):
-        b = start("B", group, shared_servers("file").url())
+        b = start("B", group, servers("file").url())
         a.sees("B joined")
         b.hit(first)
         b.hit(second)
@@ -423,18 +428,18 @@ def test_two_signals_in_a_row(shared_servers, group, start):
         assert b.proc.wait(LIMIT) in {128 + first, 128 + second}
 
 
-def test_nohup(shared_servers, group, start):
+def test_nohup(servers, group, start):
     """nohup has SIGHUP ignored, and that stays so."""
-    a = start("A", group, shared_servers("file").url(), "--wait", "3", under=["nohup"])
+    a = start("A", group, servers("file").url(), "--wait", "3", under=["nohup"])
     a.sees("4. members: A\n")
     a.hit(signal.SIGHUP)
     a.sees("5. waited 3 s\n", "6. left")
     a.ends(0)
 
 
-def test_signal_before_joining(shared_servers, group, start):
+def test_signal_before_joining(servers, group, start):
     """There is nothing to leave: the signal just ends it, without a traceback."""
-    url = shared_servers("etcd").url(timeout=30)
+    url = servers("etcd").url(timeout=30)
     start("A", group, url).sees("4. members: A\n")
     second = start("A", group, url)
     second.sees("the name A is taken")
@@ -480,13 +485,13 @@ def test_names_of_others(tmp_path, group, start, monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")
-def test_full_disk(shared_servers, group):
+def test_full_disk(servers, group):
     """What cannot be written is said, once, and the client leaves."""
     with open("/dev/full", "w") as full:
         done = run(
             "A",
             group,
-            shared_servers("file").url(),
+            servers("file").url(),
             capture_output=False,
             stdout=full,
             stderr=subprocess.PIPE,
