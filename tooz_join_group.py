@@ -124,9 +124,9 @@ def patience(we):
     Silence and errors are told once, and so is the first answer after them. They end
     the program (exit 1) before we have joined and while we leave; else only the block.
     """
-    now, leaving = time.monotonic(), we.leaving
-    seconds = min(we.timeout, max(UNEASY_AFTER, we.deadline - now))
-    limit = now + seconds
+    we.asked, leaving = time.monotonic(), we.leaving
+    seconds = min(we.timeout, max(UNEASY_AFTER, we.deadline - we.asked))
+    limit = we.asked + seconds
     late = Late(f"no answer within {seconds:.0f} s")
 
     def trouble(words):
@@ -243,12 +243,13 @@ def watch(we, coordinator, members, lease):
         status(we, f"{left:.0f} s left, heartbeats sent: {coordinator.heart.beats}")
         # On memcached and files, a look asks for each member: so in a crowd we look
         # less often, with 400 members twice a second.
-        before = time.monotonic()
+        before = we.asked
         time.sleep(min(left, max(LOOK_EVERY, len(members) / 800)))
-        slept = time.monotonic() - before
         now = look(we, coordinator)
         if now is None:
+            we.asked = time.monotonic()  # The backend was silent: we did not sleep.
             continue
+        slept = we.asked - before
         # A group is a set: who is new and who is missing are two differences. We say
         # "gone", as Tooz cannot tell a member that left from one that died.
         news = [(text_of(who), "joined") for who in now - members]
@@ -475,6 +476,7 @@ def main():
     we.erase = "\r\x1b[K" if terminal else ""  # Takes the status line off a terminal.
     we.timeout = 30  # How long a request may take (s), until we know the URL's.
     we.deadline = math.inf  # When the wait is over, by time.monotonic().
+    we.asked = None  # When we last turned to the backend, by time.monotonic().
     we.status = 0  # Our exit status, if we leave without trouble.
     we.leaving = None  # When we began to leave, by time.monotonic().
     we.joined = we.in_trouble = False
