@@ -145,7 +145,10 @@ def test_suspended(backend, group, start):
     """Both sides see it: gone for the others, and back again."""
     a, b = pair(start, group, backend.url(timeout=LEASE))
     b.hit(signal.SIGSTOP)
+    stopped = time.monotonic()
     a.sees(f"{CLOCK} B gone, members: A\n")
+    # B is gone one lease after its last heartbeat, which came before its sleep.
+    wait_until(lambda: time.monotonic() - stopped > LEASE + 1)
     b.hit(signal.SIGCONT)
     b.sees(
         "Joining again\n",
