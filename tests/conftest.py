@@ -339,7 +339,19 @@ def pytest_sessionstart(session):
 
 
 @pytest.fixture
-def servers(request, tmp_path):
+def launch(request, tmp_path):
+    """Return a function that starts a backend of the test's own."""
+
+    def launch(name):
+        server = BACKENDS[name](tmp_path)
+        request.addfinalizer(server.kill)
+        return server.start()
+
+    return launch
+
+
+@pytest.fixture
+def servers(launch):
     """Return a function from a backend's name to one that runs: do it no harm.
 
     All tests share etcd and the cluster, but not memcached: there, a client that stops
@@ -348,9 +360,7 @@ def servers(request, tmp_path):
 
     def server(name):
         if f"SHARED_{name}" not in os.environ:
-            own = BACKENDS[name](tmp_path)
-            request.addfinalizer(own.kill)
-            return own.start()
+            return launch(name)
         shared = Server()
         shared.base = os.environ[f"SHARED_{name}"]
         shared.port = urllib.parse.urlsplit(shared.base).port
@@ -366,22 +376,17 @@ def backend(request, servers):
 
 
 @pytest.fixture
-def own_backend(request, tmp_path):
+def own_backend(request, launch):
     """A backend of the test's own, to torment."""
-    server = BACKENDS[request.param](tmp_path)
-    try:
-        yield server.start()
-    finally:
-        server.kill()
+    return launch(request.param)
 
 
 def pytest_collection_modifyitems(items):
     """Begin with the longest tests; end with those that wait for all others to end."""
-    files = ["test_readme", "test_faults", "test_lesson"]
 
     def order(item):
         alone = item.get_closest_marker("alone") is not None
-        return alone, files.index(item.path.stem)
+        return alone, item.path.stem != "test_readme"
 
     items.sort(key=order)
 
