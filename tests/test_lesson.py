@@ -308,21 +308,23 @@ def test_silent_name_server(scheme, tmp_path, group, start):
 
 def test_passwords_are_never_shown(servers):
     """Not in a message, not in a traceback, not by argparse."""
-    urls = [
-        f"memcached://me:s3cr3t@127.0.0.1:{servers('memcached').port}",
+    port = servers("memcached").port
+    for url in (
+        f"memcached://me:s3cr3t@127.0.0.1:{port}",
         "redis://:s3cr3t@localhost",
         "etcd3+http://me:s3cr3t/s3cr3t@127.0.0.1:1",
-        "etcd3://me:s3cr3t@127.0.0.1:1",
         "memcached://127.0.0.1:1?ssl_key_password=s3cr3t",
-    ]
-    for url in urls:
-        done = run("A", "g", url, "--wait", "0", "--debug")
-        assert "s3cr3t" not in done.stdout + done.stderr
-        assert "***" in done.stdout + done.stderr
-    for wrong in ["A", "g", "file:///x", *urls], [urls[0], "g"], ["A", urls[0]]:
-        done = run(*wrong)
-        assert "s3cr3t" not in done.stderr
-        assert done.returncode == 2
+    ):
+        for arguments in (
+            ["A", "g", url, "--wait", "0", "--debug"],
+            ["A", "g", "file:///x", url],
+            [url, "g"],
+            ["A", "g", url.replace("etcd3+http", "etcd3"), "--wait", "0"],
+        ):
+            done = run(*arguments)
+            assert "s3cr3t" not in done.stdout + done.stderr
+            if url in arguments[2:3]:
+                assert "***" in done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
