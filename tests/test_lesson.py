@@ -159,7 +159,7 @@ def test_wait(bad):
 
 
 def test_help():
-    """--help names the backends, the lease and the exit statuses; no Tooz is needed."""
+    """--help names the backends, the lease and the exit statuses; no server is needed."""
     done = run("--help")
     for words in (
         "--wait SECONDS",
