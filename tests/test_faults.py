@@ -328,11 +328,11 @@ def test_majority_killed(own_backend, group, start):
 CROWD = """
 import os, runpy, signal, sys
 from tooz import coordination
-script, names, *rest = sys.argv[1:]
-coordination.get_coordinator(rest[-1], b"nobody")
+script, names, group, url = sys.argv[1:]
+coordination.get_coordinator(url, b"nobody")
 for name in names.split():
     if os.fork() == 0:
-        sys.argv = [script, name, *rest]
+        sys.argv = [script, name, group, url, "--wait", "600"]
         runpy.run_path(script, run_name="__main__")
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 ends = {os.waitstatus_to_exitcode(os.wait()[1]) for _ in names.split()}

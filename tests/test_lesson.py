@@ -308,23 +308,21 @@ def test_silent_name_server(scheme, tmp_path, group, start):
 
 def test_passwords_are_never_shown(servers):
     """Not in a message, not in a traceback, not by argparse."""
-    port = servers("memcached").port
     for url in (
-        f"memcached://me:s3cr3t@127.0.0.1:{port}",
+        f"memcached://me:s3cr3t@127.0.0.1:{servers('memcached').port}",
         "redis://:s3cr3t@localhost",
         "etcd3+http://me:s3cr3t/s3cr3t@127.0.0.1:1",
+        "etcd3://me:s3cr3t/s3cr3t@127.0.0.1:1",
         "memcached://127.0.0.1:1?ssl_key_password=s3cr3t",
     ):
-        for arguments in (
-            ["A", "g", url, "--wait", "0", "--debug"],
-            ["A", "g", "file:///x", url],
-            [url, "g"],
-            ["A", "g", url.replace("etcd3+http", "etcd3"), "--wait", "0"],
-        ):
-            done = run(*arguments)
+        for debug in [], ["--debug"]:
+            done = run("A", "g", url, "--wait", "0", *debug)
             assert "s3cr3t" not in done.stdout + done.stderr
-            if url in arguments[2:3]:
-                assert "***" in done.stdout + done.stderr
+            assert "***" in done.stdout + done.stderr
+        for wrong in [url, "g"], ["A", url], ["A", "g", "file:///x", url]:
+            done = run(*wrong)
+            assert "s3cr3t" not in done.stdout + done.stderr
+            assert done.returncode == 2
 
 
 @pytest.fixture(scope="module")
