@@ -382,18 +382,13 @@ def own_backend(request, launch):
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the longest tests; end with those that wait for all others to end.
-
-    Between them, mix the files: one has tests that work, another tests that wait.
-    """
+    """Begin with the longest tests; end with those that wait for all others to end."""
 
     def order(item):
         alone = item.get_closest_marker("alone") is not None
-        its_file = [one for one in items if one.path == item.path]
-        place = its_file.index(item) / len(its_file)
-        return alone, item.path.stem != "test_readme", place
+        return alone, item.path.stem != "test_readme"
 
-    items[:] = sorted(items, key=order)
+    items.sort(key=order)
 
 
 @pytest.fixture(autouse=True)
