@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.9"
-# dependencies = ["tooz>=7.0.0", "etcd3gw>=2.3.0", "pymemcache>=4.0.0"]
+# dependencies = ["tooz>=7.0.0", "etcd3gw>=2.4.0", "pymemcache>=4.0.0"]
 # ///
 """How do my nodes know who is alive? They join a group, with Tooz.
 
@@ -26,311 +26,261 @@ https://www.educative.io/courses/hackers-guide-scaling-python/creating-joining-a
 
 import argparse
 import contextlib
-import errno
 import logging
-import math
 import os
 import re
-import shutil
 import signal
 import sys
-import threading
 import time
-import traceback
 import urllib.parse
+import urllib.request
 import warnings
 
-# Before step 2 there is nothing to clean up: let Ctrl-C just end us.
+# Until we hear signals, in main(), there is nothing to clean up: Ctrl-C just ends us.
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 try:
     from tooz import coordination
 except ImportError as missing:
-    sys.exit(f"{missing}. Install what is needed: pip install -r requirements.txt")
+    sys.exit(f"{missing}. Try .venv/bin/python, or: pip install -r requirements.txt")
 
 LOOK_EVERY = 0.27  # Seconds between two looks: a change shows within 0.3 s.
-UNEASY_AFTER = 2  # Seconds without an answer before we say that we are waiting.
+LEAVING = 25  # Seconds that leaving and stopping may take, all in all.
+# What Tooz answers if we were thrown out before we left. No error: we wanted to go.
+NOT_A_MEMBER = coordination.MemberNotJoined, coordination.GroupNotCreated
 
 
-def join_and_watch(we):
-    """Take the six steps. `we` has our options, to which main() adds our state.
+def join_and_watch(url, client, group, wait, screen):
+    """Take the six steps. Return the exit status: 0, or 128 + n after signal n.
 
-    Raises SystemExit with the exit status, if something ends the steps early.
+    `wait` is in seconds. Raises what Tooz and its driver raise, until step 5.
     """
-    me, group = we.client.encode(), we.group.encode()  # Tooz takes names as bytes.
-    wait_until_our_name_is_free(we)
+    me, group_id = client.encode(), group.encode()  # Tooz takes names as bytes.
 
     # 1. The coordinator is our line to the backend. Its heart is a thread that beats
-    #    twice in each lease. Without it, we would be forgotten when the first one ends.
-    with patience(we):
-        coordinator = coordination.get_coordinator(we.url, me)
-        coordinator.start(start_heart=True)
-        lease = coordinator.heartbeat()  # By hand, as it returns the lease (s).
-        say(we, f"1. started a coordinator on {we.backend}")
-        say(we, promises(coordinator, lease))
+    #    twice in each lease: etcd, memcached and files forget us when a lease ends. We
+    #    beat once by hand, for what that returns: the seconds until the next beat is
+    #    due, which on these drivers is the lease.
+    coordinator = coordination.get_coordinator(url, me)
+    coordinator.start(start_heart=True)
+    lease = Lease(coordinator.heartbeat(), coordinator.heart)
+    screen.say(f"1. started a coordinator on {url}")
 
-    over, members = False, set()
-    with until_it_is_time_to_go(we):
-        while not over:
-            with patience(we):
-                # 2. Whoever comes first creates the group. The call returns a future at
-                #    once; get() waits for its result, or raises what went wrong.
-                try:
-                    coordinator.create_group(group).get()
-                    say(we, f"2. created {we.group}")
-                except coordination.GroupAlreadyExist:
-                    say(we, f"2. found {we.group}")
+    joining = members = None
+    try:
+        # 2. Whoever comes first creates the group. The call returns a future at once;
+        #    get() waits for its result, or raises what went wrong.
+        try:
+            coordinator.create_group(group_id).get()
+            screen.say(f"2. created {group}")
+        except coordination.GroupAlreadyExist:
+            screen.say(f"2. found {group}")
 
-                # 3. The backend lists us from here on, for as long as our heart beats.
-                coordinator.heartbeat()  # On etcd: a new lease, if the old one ran out.
-                try:
-                    coordinator.join_group(group).get()
-                    say(we, f"3. joined {we.group}")
-                except coordination.MemberAlreadyExist:
-                    sort_out_our_name(we, coordinator)
-                we.joined = True
+        # 3. The backend lists us from here on, for as long as our heart beats.
+        joining = coordinator.join_group(group_id)
+        joining.get()
+        screen.say(f"3. joined {group}{lease.promise}")
 
-                # 4. The list is kept by the backend: all members see the same one.
-                members = coordinator.get_members(group).get()
-                say(we, f"4. {listing(members)}")
+        # 4. The list is kept by the backend, not by the members: we ask for it.
+        members = coordinator.get_members(group_id).get()
+        screen.say(f"4. {listing(members)}")
 
-            # 5. Nobody calls us when a member comes or goes: we look, again and again.
-            #    If we find that we were thrown out, the story starts over at step 2.
-            over = watch(we, coordinator, members, lease)
-        say(we, f"5. waited {we.wait:g} s")
+        # 5. Nobody calls us when a member comes or goes: we look, again and again. So do
+        #    Tooz's watchers (watch_join_group()): each run_watchers() gets the members
+        #    and takes the differences. The end of our wait is a signal, as Ctrl-C is.
+        signal.setitimer(signal.ITIMER_REAL, wait or 1e-6)  # 0 would mean: never.
+        watch(coordinator, me, group_id, members, lease, screen)
+    except coordination.MemberAlreadyExist:
+        coordinator.heart.stop()  # It beats under a name that is not ours.
+        raise
+    except SystemExit as end:  # From end_the_wait().
+        status = end.code
+
+    # A signal may come before we are a member. Then we are done: on memcached both
+    # leave_group() and stop() would hit whoever else has our name.
+    if joining is None or is_refused(joining):
+        return status
+    if members is not None:
+        screen.say(f"5. waited {wait:g} s" if status == 0 else "5. interrupted")
 
     # 6. We say that we leave, and the others see it at once. If we just stopped
     #    beating, they would go on seeing us until our lease ends.
-    with patience(we):
-        try:
-            coordinator.leave_group(group).get()
-        except (coordination.MemberNotJoined, coordination.GroupNotCreated):
-            pass  # We were thrown out before. That is no error, as we wanted to go.
-        coordinator.stop()  # The heart stops, and the line to the backend is closed.
-    say(we, f"6. left {we.group} and stopped")
+    screen.status("leaving")
+    try:
+        with contextlib.suppress(*NOT_A_MEMBER):
+            coordinator.leave_group(group_id).get(10)
+        coordinator.stop()  # The heart stops. (stop() alone would leave, too, silently.)
+    except Exception as error:  # noqa: BLE001 (drivers raise what they like)
+        screen.warn(f"could not leave {group}: {reason(error)}; our lease will end it")
+        return 1
+    screen.say(f"6. left {group} and stopped")
+    return status
 
 
 # --- Trouble ---
 
 
-class Late(BaseException):
-    """An answer took too long. Some drivers swallow Exception: this gets through."""
+def watch(coordinator, me, group, members, lease, screen):
+    """Show who comes and goes, for ever: only the SystemExit of a signal ends it.
 
-
-@contextlib.contextmanager
-def patience(we):
-    """Put an end to waiting: the requests in this block get the URL's timeout (s).
-
-    Silence and errors are told once, and so is the first answer after them. They end
-    the program (exit 1) before we have joined and while we leave; else only the block.
+    `me` and `group` are bytes; `members`, a set of bytes, are those shown already.
+    Whatever goes wrong is said once, and the next round tries again.
     """
-    we.asked, leaving = time.monotonic(), we.leaving
-    seconds = min(we.timeout, max(UNEASY_AFTER, we.deadline - we.asked))
-    limit = we.asked + seconds
-    late = Late(f"no answer within {seconds:.0f} s")
+    look, told, awake = None, False, time.time()
+    while True:
+        left = signal.getitimer(signal.ITIMER_REAL)[0]
+        screen.status(f"{left:.0f} s to go", f", {lease}")
+        # On memcached and files, a look asks for each member: so in a crowd we look
+        # less often, with 400 members twice a second.
+        time.sleep(max(LOOK_EVERY, len(members) / 800))
+        try:
+            if look is None:
+                look, asked = coordinator.get_members(group), time.monotonic()
+            now, look = members_in(look), None
+            # We may have been thrown out. Or we slept: then the others may have seen us
+            # go, even if a late beat has brought us back since, as it does on files.
+            slept = lease.seconds and time.time() - awake > lease.seconds
+            if me not in now or slept:
+                members, lease = join_again(coordinator, group, screen)
+                now = members
+            lease.answered()
+            told = False
+            # A group is a set: who is new and who is missing are two differences. We say
+            # "gone", as Tooz cannot tell a member that left from one that died.
+            clock = time.strftime("%H:%M:%S")
+            for who in sorted(map(text_of, now - members)):
+                screen.say(f"{clock} {who} joined, {listing(now)}")
+            for who in sorted(map(text_of, members - now)):
+                screen.say(f"{clock} {who} gone, {listing(now)}")
+            members = now
+        except Exception as error:  # noqa: BLE001 (drivers raise what they like)
+            # An unfinished look goes on: the next round waits for the same one, so that
+            # slow answers arrive, and none queues behind another. Slow is not silent:
+            # that there is no answer, we say after 5 s.
+            if look and look.done():
+                look = None
+            if not told and (look is None or time.monotonic() - asked > 5):
+                screen.warn(f"trouble with the backend: {reason(error)}; trying again")
+                told = True
+        awake = time.time()  # The wall clock: others stand still while a laptop sleeps.
 
-    def trouble(words):
-        if not we.in_trouble:
-            end = limit if we.deadline == math.inf else max(limit, we.deadline)
-            left = end - time.monotonic()
-            warn(we, f"{we.backend}: {words}; trying for another {left:.0f} s")
-        we.in_trouble = True
 
-    def ring(*_):
-        left = limit - time.monotonic()
-        if left > 0:
-            signal.setitimer(signal.ITIMER_REAL, left)
-            trouble("no answer")
-        elif we.leaving == leaving:  # Else a signal has just ended this block: let it.
-            raise late
-
-    signal.signal(signal.SIGALRM, ring)
-    # While a name server is silent, Python hears no signal. So where we cannot go on
-    # without an answer, threads do the same, a little later.
-    timers = []
-    if leaving or not we.joined:
-        timers.append(threading.Timer(UNEASY_AFTER + 0.5, trouble, ["no answer"]))
-        timers.append(threading.Timer(seconds + 0.5, give_up, [we, late]))
+def members_in(look):
+    """Return the members that a look found, a set of bytes. Waits for up to 1 s."""
     try:
-        try:
-            signal.setitimer(signal.ITIMER_REAL, min(UNEASY_AFTER, seconds))
-            for timer in timers:
-                timer.start()
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            for timer in timers:
-                timer.cancel()
-        if we.in_trouble:
-            warn(we, f"{we.backend} answers again")
-        we.in_trouble = False
-    except (Exception, Late) as error:  # noqa: BLE001 (drivers raise what they like)
-        if leaving or not we.joined:
-            give_up(we, error)
-        trouble(reason(error))
+        return look.get(1)
+    except coordination.GroupNotCreated:
+        return set()  # A group that is not there has no members.
 
 
-def look(we, coordinator):
-    """Return the members' names, a set of bytes; None if the backend did not answer."""
-    with patience(we):
-        try:
-            return coordinator.get_members(we.group.encode()).get()
-        except coordination.GroupNotCreated:
-            return set()  # A group that is not there has no members.
+def join_again(coordinator, group, screen):
+    """Become a member again; return the members, a set of bytes, and the new lease."""
+    lease = Lease(coordinator.heartbeat(), coordinator.heart)  # The old one is over.
+    try:
+        # Tooz's own call for steps 2 and 3 in one, as the group may be gone, too.
+        coordinator.join_group_create(group)
+        screen.say("3. joined again")
+    except coordination.MemberAlreadyExist:
+        screen.say("3. still listed")  # Us, or a namesake: Tooz cannot tell.
+    members = coordinator.get_members(group).get()
+    screen.say(f"4. {listing(members)}")
+    return members, lease
 
 
-def wait_until_our_name_is_free(we):
+def is_refused(joining):
+    """Tell whether a join was refused, as another has our name. Waits for up to 10 s.
+
+    Tooz may go on joining while a signal ends our story. We must know, or we might stay
+    in the list. (If the signal came just as Tooz took the join, before we had the
+    future, we do stay: for one lease.)
+    """
+    try:
+        joining.get(10)
+    except Exception as error:  # noqa: BLE001 (any other error: we may have got in)
+        return isinstance(error, coordination.MemberAlreadyExist)
+    return False
+
+
+def end_the_wait(number, _):
+    """Hear the alarm, Ctrl-C, SIGTERM or SIGHUP: raise SystemExit, once.
+
+    Its code is 0 for the alarm, else 128 + the signal's number.
+    """
+    hear_signals(end_at_once)
+    signal.setitimer(signal.ITIMER_REAL, LEAVING)
+    sys.exit(0 if number == signal.SIGALRM else 128 + number)
+
+
+def end_at_once(number, _):
+    """Hear what comes while we leave: nothing, but the alarm and a second Ctrl-C.
+
+    Whatever ended us now would leave us in the list for a lease. `timeout` sends its
+    signal twice, `uv run` in a script too: a person's second Ctrl-C comes later.
+    """
+    left = signal.getitimer(signal.ITIMER_REAL)[0]
+    if number == signal.SIGALRM and left == 0:  # Else it is that of the wait, late.
+        os.write(2, b"leaving took too long: the backend will forget us\n")
+        os._exit(1)
+    if number == signal.SIGINT and left < LEAVING - 0.25:
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+
+def hear_signals(handler):
+    """Let the handler hear the alarm, and what may end us, if it is not ignored."""
+    for number in signal.SIGALRM, signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        # Or the `nohup` of whoever started us would be undone.
+        if number == signal.SIGALRM or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def wait_for_our_name(url, client, group, screen):
     """Return when no member has our name; exit (status 1) if one alive has it.
 
     A name in the list belongs to somebody alive, or to somebody who crashed and whose
     lease still runs. Nobody can tell which, except by waiting for one lease to end.
     """
-    # We look under a name that no client can have. On memcached, a beat under our own
-    # would keep a dead namesake in the list, and stop() would throw a living one out.
-    # "sync" spares us a thread: here, the call itself does the work behind the future.
-    with patience(we):
-        other = f"{we.client}?".encode()
-        scout = coordination.get_coordinator(we.url, other, executor="sync")
-        scout.start()
-        lease = scout.heartbeat()
-        if lease is not None and lease < 1:
-            raise ValueError("a lease must be 1 s or longer")
+    me, group_id = client.encode(), group.encode()
+    # We look under a name that no client can have: on memcached nobody ever finds
+    # himself missing. "sync" spares us threads: the call itself does the work.
+    scout = coordination.get_coordinator(url, f"{client}?".encode(), executor="sync")
+    heir = coordination.get_coordinator(url, me, executor="sync")
+    scout.start()
+    heir.start()
     # None: a driver without heartbeats. And backends are a little late in forgetting.
-    enough, limit = (lease or we.timeout) + 2, None
-    while we.client.encode() in look(we, scout):
-        if limit is None:
-            limit = time.monotonic() + enough
-            warn(we, f"the name {we.client} is taken: its owner is alive, or crashed")
-            warn(we, f"looking for up to {enough:g} s to see which")
+    enough = (scout.heartbeat() or 30) + 2
+    screen.warn(f"{client} is taken. Is its owner alive? Looking for {enough:g} s")
+    limit = time.monotonic() + enough
+    while me in members_in(scout.get_members(group_id)):
         left = limit - time.monotonic()
         if left < 0:
-            warn(we, "its owner is alive (or has a longer lease). Take another name")
+            screen.warn("its owner is alive (or has a longer lease). Take another name")
             sys.exit(1)
-        status(we, f"{left:.0f} s left to look at the name {we.client}")
+        screen.status(f"{left:.0f} s left to look at the name {client}")
         time.sleep(LOOK_EVERY)
-    with patience(we):
-        scout.stop()
-
-
-def sort_out_our_name(we, coordinator):
-    """Our name was free, and yet we cannot join under it: find out whose it is."""
-    group = we.group.encode()
-    if we.client.encode() not in coordinator.get_members(group).get():
-        # A crashed client on the file driver, which hides its file when the lease
-        # ends, and still refuses its name. Leaving under that name removes the file.
-        coordinator.leave_group(group).get()
-        coordinator.join_group(group).get()
-        say(we, f"3. joined {we.group}, after removing what a crash had left")
-    elif we.joined:
-        say(we, f"3. still in {we.group}")
-    else:
-        # A namesake joined in the instant since we looked. We go without leave_group()
-        # and stop(): both would hit the namesake.
-        warn(we, f"the name {we.client} was taken just now. Take another name")
-        os._exit(1)
-
-
-def watch(we, coordinator, members, lease):
-    """Show who comes and goes. Return True when the wait is over, False if we are out.
-
-    `members` are those we have shown, a set of bytes; `lease` is in seconds, or None.
-    """
-    we.deadline = min(we.deadline, time.monotonic() + we.wait)
-    if we.in_trouble:  # We could not join again: try soon, until the wait is over.
-        time.sleep(UNEASY_AFTER)
-        return time.monotonic() >= we.deadline
-    while (left := we.deadline - time.monotonic()) > 0:
-        status(we, f"{left:.0f} s left, heartbeats sent: {coordinator.heart.beats}")
-        # On memcached and files, a look asks for each member: so in a crowd we look
-        # less often, with 400 members twice a second.
-        before = we.asked
-        time.sleep(min(left, max(LOOK_EVERY, len(members) / 800)))
-        now = look(we, coordinator)
-        if now is None:
-            we.asked = time.monotonic()  # The backend was silent: we did not sleep.
-            continue
-        slept = we.asked - before
-        # A group is a set: who is new and who is missing are two differences. We say
-        # "gone", as Tooz cannot tell a member that left from one that died.
-        news = [(text_of(who), "joined") for who in now - members]
-        news += [(text_of(who), "gone") for who in members - now]
-        for who, what in sorted(news):
-            say(we, f"{time.strftime('%H:%M:%S')} {who} {what}, {listing(now)}")
-        members = now
-        if we.client.encode() not in members:
-            warn(we, f"we are not a member of {we.group} any more. Joining again")
-            return False
-        if lease and slept > lease:
-            # On files, our next beat brings us back by itself. But the others have seen
-            # us go, and may have acted on it.
-            warn(we, f"we slept {slept:.0f} s, longer than our lease. Joining again")
-            return False
-    return True
-
-
-@contextlib.contextmanager
-def until_it_is_time_to_go(we):
-    """Run the block until it ends, or Ctrl-C, SIGTERM or SIGHUP ends it; then go on."""
-
-    def end(number, _):
-        if not we.leaving:
-            we.leaving = time.monotonic()
-            sys.exit(128 + number)
-        # Whatever ended us now would leave us in the list for a lease. `timeout` sends
-        # its signal twice, `uv run` in a script too: a person's Ctrl-C comes later.
-        if number == signal.SIGINT and time.monotonic() - we.leaving > 0.25:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # Or nohup would be undone.
-            signal.signal(number, end)
-    try:
-        try:
-            yield
-        finally:
-            we.leaving = we.leaving or time.monotonic()
-    except SystemExit as end_of_wait:
-        we.status = end_of_wait.code
-    with contextlib.suppress(SystemExit):  # The terminal may have gone.
-        status(we, "leaving")
-    # A backend that was silent already gets one last chance, of UNEASY_AFTER.
-    we.deadline = time.monotonic() if we.in_trouble else math.inf
-
-
-def give_up(we, error):
-    """Say what went wrong, and what to do about it, and end the program (exit 1)."""
-    if we.leaving:
-        warn(we, f"could not leave {we.group}: {reason(error)}")
-        warn(we, "the backend will forget us when our lease ends")
-        os._exit(1)
-    scheme = we.url.partition("://")[0]
-    advice = ADVICE.get(scheme, EXAMPLES)
-    if isinstance(error, ImportError):
-        what = "-r requirements.txt" if scheme in ADVICE else f"'tooz[{scheme}]'"
-        advice = f"Install what is needed: pip install {what}"
-    elif isinstance(error, ValueError) and not isinstance(error, OSError):
-        advice = EXAMPLES  # A mistake in the URL. Errors of the network can be both.
-    advice += "\n  Without a server: file:///tmp/tooz"
-    warn(we, f"cannot use {we.backend}: {reason(error)}\n  {advice}")
-    os._exit(1)
+    # The file driver hides a member whose lease is over, and still refuses its name:
+    # leaving under that name removes the file. (We do not stop: that could hit others.)
+    with contextlib.suppress(*NOT_A_MEMBER):
+        heir.leave_group(group_id).get()
+    scout.stop()
 
 
 def reason(error):
     """Return the cause of an error in words. Drivers wrap it, some in empty errors."""
-    chain = []
+    chain = []  # From the error that we got to its first cause.
     while error:
         chain.append(error)
         error = error.__cause__ or error.__context__
-    # Best are the words of the network, then the server's, which etcd3gw keeps apart.
-    # If there are none, the name of the error must do. A page of HTML says nothing.
-    texts = [str(one) for one in reversed(chain) if isinstance(one, OSError)]
-    texts += [getattr(one, "detail_text", None) for one in chain]
-    texts += [str(one) for one in chain]
-    texts += [re.sub("(?!^)(?=[A-Z])", " ", type(chain[-1]).__name__).lower()]
+    names = [type(one).__name__ for one in chain]
+    said = [str(getattr(one, "detail_text", "") or one) for one in chain]
+    # Best are etcd's own words, in JSON that etcd3gw keeps in detail_text, then those of
+    # the network. A page of HTML says nothing: the name of the error must do.
+    texts = re.findall(r'"(?:error|message)": ?"([^"]+)"', " ".join(said))
+    texts += ["no answer" for name in names if re.search("(?i)timed?out", name)]
+    texts += [str(one) for one in reversed(chain) if isinstance(one, OSError)]
+    texts += [*said, re.sub("(?!^)(?=[A-Z])", " ", names[-1]).lower()]
     words = next(text for text in texts if text and not text.startswith("<"))
-    words = re.sub(r'.*"error": ?"([^"]+)".*', r"\1", words)  # etcd's JSON
-    words = re.sub(r"\[Errno -?\d+\] ?| ?\(_ssl\.c.*", "", words)  # Python's numbers
+    words = re.sub(r"^\[.*?\] ?| ?\(_ssl\.c.*", "", words)  # Python's numbers
     return "".join(one for one in words[:300] if one.isprintable())
 
 
@@ -342,19 +292,18 @@ ADVICE = {
   If it asks for a password: Tooz cannot give one to etcd.""",
     "etcd3+https": "The certificate of the server's authority goes into ?ca_cert=FILE",
     "memcached": """Start memcached: memcached -u memcache
-  If it runs: is that its port?""",
+  If it runs: is that its port? If localhost is ::1 here: memcached://127.0.0.1""",
 }
-EXAMPLES = "Examples: etcd3+http://localhost, memcached://localhost"
+EXAMPLES = "Examples: etcd3+http://localhost, memcached://127.0.0.1"
 EPILOG = """\
 Run each client in a terminal of its own. Examples:
   etcd:       tooz_join_group.py clientA group1
-  memcached:  tooz_join_group.py clientA group1 memcached://localhost:11211
+  memcached:  tooz_join_group.py clientA group1 memcached://127.0.0.1:11211
   no server:  tooz_join_group.py clientA group1 file:///tmp/tooz
 
 BACKEND_URL defaults to $TOOZ_BACKEND_URL, then to etcd3+http://localhost.
-Its ?timeout= sets the lease, in seconds: how long the backend keeps a silent
-member (and how long we wait for an answer). Quote it for the shell:
-  tooz_join_group.py clientA group1 'etcd3+http://localhost?timeout=5'
+Its ?timeout= sets the lease: for how many seconds the backend keeps a silent
+member. Quote it for the shell: 'etcd3+http://localhost?timeout=5'
 
 Exit status: 0 done, 1 could not do it, 2 wrong arguments, 128+n ended by signal n.
 """
@@ -374,22 +323,20 @@ def options():
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add, error = parser.add_argument, parser.error
+    add = parser.add_argument
     add("client", metavar="CLIENT", type=name, help="our name")
     add("group", metavar="GROUP", type=name, help="the group to join")
     add("url", metavar="BACKEND_URL", nargs="?", help="any Tooz URL")
     add("--wait", metavar="SECONDS", type=float, default=60, help="time to stay (60)")
-    add("--debug", action="store_true", help="show Tooz's own log, and tracebacks")
-    # argparse repeats what it does not understand: that may be a URL.
-    parser.error = lambda message: error(without_passwords(message))
-    we = parser.parse_args()
-    if not 0 <= we.wait < math.inf:
-        parser.error("--wait takes a number of seconds, 0 or more")
-    return we
+    args = parser.parse_args()
+    if not 0 <= args.wait < 1e8:  # The timer of macOS takes no more.
+        parser.error("--wait takes a number of seconds, from 0 to 99999999")
+    args.url = args.url or os.getenv("TOOZ_BACKEND_URL") or "etcd3+http://localhost"
+    return args
 
 
 def check_url(url):
-    """Return a URL's timeout (s). Raise ValueError for mistakes that Tooz lets pass."""
+    """Raise ValueError for mistakes in a URL that Tooz lets pass, or shows badly."""
     try:
         parts = urllib.parse.urlsplit(url)
     except ValueError:  # Its words may have a part of a password.
@@ -399,26 +346,26 @@ def check_url(url):
     for host in parts.netloc.rpartition("@")[2].split(","):
         if not re.fullmatch(r"(\[.*\]|[^:]*)(:0*[1-9]\d*)?", host):
             raise ValueError("the port is not a number from 1 to 65535")
-    timeout = urllib.parse.parse_qs(parts.query).get("timeout", ["30"])[-1]
-    if not re.fullmatch(r"[1-9]\d{0,5}", timeout):
-        raise ValueError("timeout= takes a whole number of seconds, 1 to 999999")
-    return int(timeout)
+    for name, value in urllib.parse.parse_qsl(parts.query):
+        # With a lease of 0, memcached never forgets, and the heart never rests.
+        if name.endswith("timeout") and not re.fullmatch(r"[1-9]\d{0,5}", value):
+            raise ValueError(f"{name}= takes a whole number of seconds, 1 to 999999")
 
 
-def without_passwords(text):
-    """Return the text with the passwords of all URLs in it made unreadable."""
-    text = re.sub(r"(://[^:@\s]*:)\S*@", r"\1***@", text)
-    return re.sub(r"(password=)[^&\s]*", r"\1***", text)
-
-
-def promises(coordinator, lease):
-    """Return what the backend promises: its lease (s), its driver's characteristics."""
-    names = sorted(one.name for one in coordinator.CHARACTERISTICS)
-    # Every driver works across threads and processes: not worth a word.
-    names = [name for name in names if not name.endswith(("THREADS", "PROCESSES"))]
-    words = ", ".join(names).lower().replace("_", " ").replace("distributed ", "")
-    kept = f"it keeps a silent member for {lease:g} s (the lease); " if lease else ""
-    return f"   {kept}Tooz calls it {words}"
+def advice(url, error):
+    """Return what to do about an error that kept us from joining."""
+    scheme = url.partition("://")[0]
+    if isinstance(error, ImportError):
+        what = "-r requirements.txt" if scheme in ADVICE else f"'tooz[{scheme}]'"
+        return f"Install what is needed: pip install {what}"
+    if isinstance(error, ValueError) and not isinstance(error, OSError):
+        return EXAMPLES  # A mistake in the URL. Errors of the network can be both.
+    host = urllib.parse.urlsplit(url).hostname or "localhost"
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(scheme.replace("etcd3+", "")) or proxies.get("all")
+    if scheme.startswith("etcd3+") and proxy and not urllib.request.proxy_bypass(host):
+        return f"We asked through the proxy {proxy}. To go without: NO_PROXY={host}"
+    return ADVICE.get(scheme, EXAMPLES)
 
 
 def text_of(name):
@@ -432,69 +379,107 @@ def listing(members):
     return f"members: {', '.join(sorted(map(text_of, members))) or '(none)'}"
 
 
-def say(we, text, end="\n"):
-    """Print a line of the lesson at once. SystemExit(0) if its reader has gone."""
-    try:
-        print(f"{we.erase}{we.client}: {text}", end=end, flush=True)
-    except OSError as error:
-        sys.stdout = None  # From here on, print() prints nothing.
-        if error.errno in (errno.EPIPE, errno.EIO):  # a pipe's reader, a terminal
-            sys.exit(0)
-        warn(we, f"cannot write: {error.strerror}")
-        sys.exit(1)
+class Lease:
+    """How long the backend keeps us if we are silent, and what is left of that.
+
+    `seconds` is what heartbeat() returned: None on a driver without heartbeats.
+    """
+
+    def __init__(self, seconds, heart):
+        self.seconds, self.heart, self.beats = seconds, heart, None
+        self.promise = f" (lease: {seconds:g} s)" if seconds else ""
+        self.answered()
+
+    def answered(self):
+        """The backend has answered: so a beat since its last answer has arrived, too.
+
+        A beat alone proves nothing: memcached's are sent without asking for an answer.
+        """
+        if self.heart.beats != self.beats:
+            self.beats, self.end = self.heart.beats, time.time() + (self.seconds or 0)
+
+    def __str__(self):
+        """Return what is left as a bar, for the status line."""
+        if not self.seconds:
+            return "no lease"
+        left = max(0, self.end - time.time())
+        bar = "#" * round(10 * left / self.seconds)
+        return f"lease [{bar:.<10}] {f'{left:.0f} s' if left else 'is over'}"
 
 
-def status(we, text):
-    """Redraw the status line: in a terminal, unless we run in its background."""
-    with contextlib.suppress(OSError):  # stdout is not our terminal, or not any more.
-        if we.erase and os.tcgetpgrp(1) == os.getpgrp():
-            # A line that is too long for the terminal could not be redrawn.
-            room = shutil.get_terminal_size().columns - len(f"{we.client}: ") - 1
-            if room > 0:
-                say(we, text[:room], end="")
+class Screen:
+    """What the learner sees: each line at once, with our name before it.
 
+    The story goes to stdout, trouble to stderr. A terminal has a status line, too.
+    """
 
-def warn(we, text):
-    """Print trouble on stderr; with --debug, the traceback of the error, too."""
-    if we.debug and sys.exc_info()[1]:
-        text = f"{text}\n{traceback.format_exc()}"
-    with contextlib.suppress(OSError):  # Either may have gone, and the other not.
-        print(we.erase, end="", flush=True)
-    with contextlib.suppress(OSError):
-        print(f"{we.client}: {without_passwords(text)}", file=sys.stderr, flush=True)
+    def __init__(self, client):
+        self.client, self.line = client, ""
+        if sys.stdout:
+            sys.stdout.reconfigure(errors="replace")  # For names that it cannot encode.
+        terminal = sys.stdout and sys.stdout.isatty() and os.getenv("TERM") != "dumb"
+        self.erase = "\r\x1b[K" if terminal else ""  # Takes the status line off.
+
+    def say(self, text):
+        """Print a line of the story."""
+        self.put(f"{self.erase}{self.client}: {text}\n{self.line}")
+
+    def warn(self, text):
+        """Print a line of trouble."""
+        self.put(self.erase)
+        self.put(f"{self.client}: {text}\n", sys.stderr)
+        self.put(self.line)
+
+    def status(self, text, more=""):
+        """Redraw the status line: in a terminal, unless we run in its background."""
+        self.line = ""
+        # An OSError: stdout is not our terminal, or not any more.
+        with contextlib.suppress(OSError):
+            if self.erase and os.tcgetpgrp(1) == os.getpgrp():
+                # A line that is too long for the terminal could not be redrawn.
+                room = os.get_terminal_size(1).columns - 1
+                text = f"{self.client}: {text}"
+                self.line = (text + more if len(text + more) <= room else text)[:room]
+                self.put(self.erase + self.line)
+
+    def put(self, text, stream=None):
+        """Print all but passwords in URLs. A reader that has gone is a hang-up."""
+        text = re.sub(r"(://[^:@\s]*:)\S*@", r"\1***@", text)
+        text = re.sub(r"(password=)[^&\s]*", r"\1***", text)
+        try:
+            print(text, end="", file=stream, flush=True)
+        except OSError:
+            if stream is None:
+                sys.stdout = None  # From here on, print() prints nothing there.
+                signal.raise_signal(signal.SIGHUP)
 
 
 def main():
     """Run the program; return its exit status."""
-    we = options()
-    url = we.url or os.environ.get("TOOZ_BACKEND_URL") or "etcd3+http://localhost"
-    we.url = re.sub("^etcd3://", "etcd3+http://", url)  # The lesson's driver left Tooz.
-    we.backend = without_passwords(we.url)
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="replace")  # For names that it cannot encode.
-    terminal = sys.stdout and sys.stdout.isatty() and os.getenv("TERM") != "dumb"
-    we.erase = "\r\x1b[K" if terminal else ""  # Takes the status line off a terminal.
-    we.timeout = 30  # How long a request may take (s), until we know the URL's.
-    we.deadline = math.inf  # When the wait is over, by time.monotonic().
-    we.asked = None  # When we last turned to the backend, by time.monotonic().
-    we.status = 0  # Our exit status, if we leave without trouble.
-    we.leaving = None  # When we began to leave, by time.monotonic().
-    we.joined = we.in_trouble = False
-    if we.debug:
-        logging.basicConfig()
-        logging.getLogger("tooz").setLevel(logging.DEBUG)
-    else:
-        logging.disable()  # Or the heart would warn, each second, of a silent backend.
-        warnings.simplefilter("ignore")  # urllib3 has one for the Python of macOS.
+    args = options()
+    url = re.sub("^etcd3://", "etcd3+http://", args.url)
+    screen = Screen(args.client)
+    logging.disable()  # Or the heart would warn, each second, of a silent backend.
+    warnings.simplefilter("ignore")  # urllib3 has one for the Python of macOS.
+    hear_signals(end_the_wait)
     try:
-        if we.url != url:
-            say(we, f"{without_passwords(url)} is now {we.backend}")
-        with patience(we):
-            we.timeout = check_url(we.url)
-        join_and_watch(we)
+        if url != args.url:  # The lesson's driver has left Tooz.
+            screen.say(f"{args.url} is now {url}")
+        check_url(url)
+        while True:
+            screen.status(f"asking {url}")
+            # A name that is taken leads back to step 1, once it is free.
+            with contextlib.suppress(coordination.MemberAlreadyExist):
+                return join_and_watch(url, args.client, args.group, args.wait, screen)
+            wait_for_our_name(url, args.client, args.group, screen)
     except SystemExit as end:
-        return end.code or we.status
-    return we.status
+        return end.code
+    except Exception as error:  # noqa: BLE001 (drivers raise what they like)
+        what_to_do = f"{advice(url, error)}\n  Without a server: file:///tmp/tooz"
+        screen.warn(f"cannot use {url}: {reason(error)}\n  {what_to_do}")
+        return 1
+    finally:
+        screen.put(screen.erase)
 
 
 if __name__ == "__main__":
