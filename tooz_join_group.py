@@ -10,7 +10,7 @@ Run it in two or three terminals at once, each under a name of its own:
     python tooz_join_group.py clientA group1
     python tooz_join_group.py clientB group1
 
-The lesson is the first function, join_and_watch():
+The lesson is the first function, join_and_watch(), and these are its steps:
 
     1. create a coordinator and start its heartbeat
     2. create the group, or find it there
@@ -19,8 +19,9 @@ The lesson is the first function, join_and_watch():
     5. wait, and show who comes and goes
     6. leave it and stop
 
-After it comes trouble: what a lesson leaves out, and a service must not. Last come
-words: what goes in, what comes out. The lesson, "Creating, Joining and Leaving Groups":
+Below it stand two more parts: "Trouble", what a lesson leaves out and a service must
+not, and "Words", what goes in and what comes out. It is a companion to the lesson
+"Creating, Joining and Leaving Groups" of The Hacker's Guide to Scaling Python:
 https://www.educative.io/courses/hackers-guide-scaling-python/creating-joining-and-leaving-groups
 """
 
@@ -36,7 +37,7 @@ import urllib.parse
 import urllib.request
 import warnings
 
-# Until we hear signals, in main(), there is nothing to clean up: Ctrl-C just ends us.
+# Until main() sets its handlers, Ctrl-C just ends us, with no traceback of an import.
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 try:
@@ -51,16 +52,16 @@ NOT_A_MEMBER = coordination.MemberNotJoined, coordination.GroupNotCreated
 
 
 def join_and_watch(url, client, group, wait, screen):
-    """Take the six steps. Return the exit status: 0, or 128 + n after signal n.
+    """Take the six steps. Return the exit status: 0; 128 + n after signal n; or 1.
 
-    `wait` is in seconds. Raises what Tooz and its driver raise, until step 5.
+    `wait` is in seconds. Raises what Tooz and its driver raise in steps 1 to 4.
     """
     me, group_id = client.encode(), group.encode()  # Tooz takes names as bytes.
 
-    # 1. The coordinator is our line to the backend. Its heart is a thread that beats
-    #    twice in each lease: etcd, memcached and files forget us when a lease ends. We
-    #    beat once by hand, for what that returns: the seconds until the next beat is
-    #    due, which on these drivers is the lease.
+    # 1. The coordinator is our line to the backend. Its heart is a thread that sends
+    #    heartbeats. Each renews our lease: the time for which the backend keeps us even
+    #    if it hears nothing. The heart beats twice in that time. We beat once by hand,
+    #    as heartbeat() returns how many seconds it is.
     coordinator = coordination.get_coordinator(url, me)
     coordinator.start(start_heart=True)
     lease = Lease(coordinator.heartbeat(), coordinator.heart)
@@ -79,25 +80,24 @@ def join_and_watch(url, client, group, wait, screen):
         # 3. The backend lists us from here on, for as long as our heart beats.
         joining = coordinator.join_group(group_id)
         joining.get()
-        screen.say(f"3. joined {group}{lease.promise}")
+        screen.say(f"3. joined {group}{lease.note}")
 
         # 4. The list is kept by the backend, not by the members: we ask for it.
         members = coordinator.get_members(group_id).get()
         screen.say(f"4. {listing(members)}")
 
-        # 5. Nobody calls us when a member comes or goes: we look, again and again. So do
-        #    Tooz's watchers (watch_join_group()): each run_watchers() gets the members
-        #    and takes the differences. The end of our wait is a signal, as Ctrl-C is.
-        signal.setitimer(signal.ITIMER_REAL, wait or 1e-6)  # 0 would mean: never.
+        # 5. Nobody calls us when a member comes or goes: watch() looks again and again.
+        #    It never returns: the alarm that we set here ends it, or Ctrl-C does.
+        signal.setitimer(signal.ITIMER_REAL, wait or 1e-6)  # 0 would set no alarm.
         watch(coordinator, me, group_id, members, lease, screen)
     except coordination.MemberAlreadyExist:
-        coordinator.heart.stop()  # It beats under a name that is not ours.
+        coordinator.heart.stop()  # It would keep a dead owner of our name in the list.
         raise
-    except SystemExit as end:  # From end_the_wait().
+    except SystemExit as end:  # The alarm, or a signal: see end_the_wait().
         status = end.code
 
-    # A signal may come before we are a member. Then we are done: on memcached both
-    # leave_group() and stop() would hit whoever else has our name.
+    # The signal came before we had asked to join, or we are refused, as another has our
+    # name. Then we must not leave: on memcached that would remove the other.
     if joining is None or is_refused(joining):
         return status
     if members is not None:
@@ -108,8 +108,8 @@ def join_and_watch(url, client, group, wait, screen):
     screen.status("leaving")
     try:
         with contextlib.suppress(*NOT_A_MEMBER):
-            coordinator.leave_group(group_id).get(10)
-        coordinator.stop()  # The heart stops. (stop() alone would leave, too, silently.)
+            coordinator.leave_group(group_id).get(10)  # Seconds: it may be silent.
+        coordinator.stop()  # The heart, too. (It would also leave, but hide errors.)
     except Exception as error:  # noqa: BLE001 (drivers raise what they like)
         screen.warn(f"could not leave {group}: {reason(error)}; our lease will end it")
         return 1
@@ -120,39 +120,41 @@ def join_and_watch(url, client, group, wait, screen):
 # --- Trouble ---
 
 
-def watch(coordinator, me, group, members, lease, screen):
+def watch(coordinator, me, group_id, members, lease, screen):
     """Show who comes and goes, for ever: only the SystemExit of a signal ends it.
 
-    `me` and `group` are bytes; `members`, a set of bytes, are those shown already.
-    Whatever goes wrong is said once, and the next round tries again.
+    `members`, a set of bytes, are those shown already. Whatever goes wrong is said, and
+    the next round tries again. (Tooz has watchers, such as watch_join_group(). They do
+    the same: run_watchers() in tooz/coordination.py calls get_members() and takes the
+    two differences.)
     """
-    look, told, awake = None, False, time.time()
+    look, told, last_round = None, False, time.time()
     while True:
-        left = signal.getitimer(signal.ITIMER_REAL)[0]
-        screen.status(f"{left:.0f} s to go", f", {lease}")
-        # On memcached and files, a look asks for each member: so in a crowd we look
-        # less often, with 400 members twice a second.
+        to_go = signal.getitimer(signal.ITIMER_REAL)[0]
+        screen.status(f"{to_go:.0f} s to go", f", {lease}" if lease.seconds else "")
+        # On memcached and files, a look asks for each member. So in a crowd we look
+        # less often: twice a second among 400.
         time.sleep(max(LOOK_EVERY, len(members) / 800))
         try:
             if look is None:
-                look, asked = coordinator.get_members(group), time.monotonic()
-            now, look = members_in(look), None
+                look, asked = coordinator.get_members(group_id), time.monotonic()
+            seen = members_in(look)
+            look = None
             # We may have been thrown out. Or we slept: then the others may have seen us
             # go, even if a late beat has brought us back since, as it does on files.
-            slept = lease.seconds and time.time() - awake > lease.seconds
-            if me not in now or slept:
-                members, lease = join_again(coordinator, group, screen)
-                now = members
-            lease.answered()
+            slept = lease.seconds and time.time() - last_round > lease.seconds
+            if me not in seen or slept:
+                members, lease = join_again(coordinator, group_id, screen)
+                seen = members  # They are shown: no differences this time.
+            lease.note_answer()
             told = False
-            # A group is a set: who is new and who is missing are two differences. We say
-            # "gone", as Tooz cannot tell a member that left from one that died.
-            clock = time.strftime("%H:%M:%S")
-            for who in sorted(map(text_of, now - members)):
-                screen.say(f"{clock} {who} joined, {listing(now)}")
-            for who in sorted(map(text_of, members - now)):
-                screen.say(f"{clock} {who} gone, {listing(now)}")
-            members = now
+            # A group is a set: who is new and who is missing are two differences. We
+            # say "gone", as Tooz cannot tell a member that left from one that died.
+            news = [(text_of(who), "joined") for who in seen - members]
+            news += [(text_of(who), "gone") for who in members - seen]
+            for who, what in sorted(news):
+                screen.say(f"{time.strftime('%H:%M:%S')} {who} {what}, {listing(seen)}")
+            members = seen
         except Exception as error:  # noqa: BLE001 (drivers raise what they like)
             # An unfinished look goes on: the next round waits for the same one, so that
             # slow answers arrive, and none queues behind another. Slow is not silent:
@@ -162,7 +164,7 @@ def watch(coordinator, me, group, members, lease, screen):
             if not told and (look is None or time.monotonic() - asked > 5):
                 screen.warn(f"trouble with the backend: {reason(error)}; trying again")
                 told = True
-        awake = time.time()  # The wall clock: others stand still while a laptop sleeps.
+        last_round = time.time()  # time.monotonic() may stop while a laptop sleeps.
 
 
 def members_in(look):
@@ -173,16 +175,18 @@ def members_in(look):
         return set()  # A group that is not there has no members.
 
 
-def join_again(coordinator, group, screen):
+def join_again(coordinator, group_id, screen):
     """Become a member again; return the members, a set of bytes, and the new lease."""
-    lease = Lease(coordinator.heartbeat(), coordinator.heart)  # The old one is over.
+    # The old lease is over. On etcd, only this beat makes a new one.
+    lease = Lease(coordinator.heartbeat(), coordinator.heart)
     try:
-        # Tooz's own call for steps 2 and 3 in one, as the group may be gone, too.
-        coordinator.join_group_create(group)
+        # Tooz's own call for steps 2 and 3 in one, as the group may be gone, too. It
+        # returns no future, but waits by itself.
+        coordinator.join_group_create(group_id)
         screen.say("3. joined again")
     except coordination.MemberAlreadyExist:
         screen.say("3. still listed")  # Us, or a namesake: Tooz cannot tell.
-    members = coordinator.get_members(group).get()
+    members = coordinator.get_members(group_id).get()
     screen.say(f"4. {listing(members)}")
     return members, lease
 
@@ -212,16 +216,16 @@ def end_the_wait(number, _):
 
 
 def end_at_once(number, _):
-    """Hear what comes while we leave: nothing, but the alarm and a second Ctrl-C.
+    """Hear a signal while we leave. Only the alarm and a second Ctrl-C end us now.
 
-    Whatever ended us now would leave us in the list for a lease. `timeout` sends its
-    signal twice, `uv run` in a script too: a person's second Ctrl-C comes later.
+    Whatever ends us before we have left leaves us in the list for a lease. `timeout`
+    sends its signal twice, `uv run` in a script too: a person's Ctrl-C comes later.
     """
-    left = signal.getitimer(signal.ITIMER_REAL)[0]
-    if number == signal.SIGALRM and left == 0:  # Else it is that of the wait, late.
+    to_go = signal.getitimer(signal.ITIMER_REAL)[0]
+    if number == signal.SIGALRM and to_go == 0:  # Else the wait's alarm comes late.
         os.write(2, b"leaving took too long: the backend will forget us\n")
         os._exit(1)
-    if number == signal.SIGINT and left < LEAVING - 0.25:
+    if number == signal.SIGINT and to_go < LEAVING - 0.25:
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
 
@@ -229,7 +233,7 @@ def end_at_once(number, _):
 def hear_signals(handler):
     """Let the handler hear the alarm, and what may end us, if it is not ignored."""
     for number in signal.SIGALRM, signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-        # Or the `nohup` of whoever started us would be undone.
+        # What is ignored stays so: somebody may have started us with nohup.
         if number == signal.SIGALRM or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
@@ -241,27 +245,28 @@ def wait_for_our_name(url, client, group, screen):
     lease still runs. Nobody can tell which, except by waiting for one lease to end.
     """
     me, group_id = client.encode(), group.encode()
-    # We look under a name that no client can have: on memcached nobody ever finds
-    # himself missing. "sync" spares us threads: the call itself does the work.
+    # We look under a name that no client can have: memcached's driver never finds its
+    # own name missing. "sync" spares us threads: the call itself does the work.
     scout = coordination.get_coordinator(url, f"{client}?".encode(), executor="sync")
-    heir = coordination.get_coordinator(url, me, executor="sync")
+    namesake = coordination.get_coordinator(url, me, executor="sync")
     scout.start()
-    heir.start()
-    # None: a driver without heartbeats. And backends are a little late in forgetting.
+    namesake.start()
+    # Backends are a little late in forgetting. Drivers without heartbeats return None.
     enough = (scout.heartbeat() or 30) + 2
     screen.warn(f"{client} is taken. Is its owner alive? Looking for {enough:g} s")
     limit = time.monotonic() + enough
     while me in members_in(scout.get_members(group_id)):
-        left = limit - time.monotonic()
-        if left < 0:
+        to_go = limit - time.monotonic()
+        if to_go < 0:
             screen.warn("its owner is alive (or has a longer lease). Take another name")
             sys.exit(1)
-        screen.status(f"{left:.0f} s left to look at the name {client}")
+        screen.status(f"{to_go:.0f} s left to look at the name {client}")
         time.sleep(LOOK_EVERY)
     # The file driver hides a member whose lease is over, and still refuses its name:
-    # leaving under that name removes the file. (We do not stop: that could hit others.)
+    # leaving under that name removes the file. (No stop(), which on memcached would hit
+    # whoever has the name by now.)
     with contextlib.suppress(*NOT_A_MEMBER):
-        heir.leave_group(group_id).get()
+        namesake.leave_group(group_id).get()
     scout.stop()
 
 
@@ -273,14 +278,14 @@ def reason(error):
         error = error.__cause__ or error.__context__
     names = [type(one).__name__ for one in chain]
     said = [str(getattr(one, "detail_text", "") or one) for one in chain]
-    # Best are etcd's own words, in JSON that etcd3gw keeps in detail_text, then those of
-    # the network. A page of HTML says nothing: the name of the error must do.
+    # Best are etcd's own words, in JSON that etcd3gw keeps in detail_text, then those
+    # of the network. A page of HTML says nothing: the name of the error must do.
     texts = re.findall(r'"(?:error|message)": ?"([^"]+)"', " ".join(said))
     texts += ["no answer" for name in names if re.search("(?i)timed?out", name)]
     texts += [str(one) for one in reversed(chain) if isinstance(one, OSError)]
     texts += [*said, re.sub("(?!^)(?=[A-Z])", " ", names[-1]).lower()]
     words = next(text for text in texts if text and not text.startswith("<"))
-    words = re.sub(r"^\[.*?\] ?| ?\(_ssl\.c.*", "", words)  # Python's numbers
+    words = re.sub(r"^\[.*?\] ?| ?\(_ssl\.c.*", "", words)  # "[Errno 111] " and such
     return "".join(one for one in words[:300] if one.isprintable())
 
 
@@ -382,16 +387,18 @@ def listing(members):
 class Lease:
     """How long the backend keeps us if we are silent, and what is left of that.
 
-    `seconds` is what heartbeat() returned: None on a driver without heartbeats.
+    `seconds` is what heartbeat() returned: "the number of seconds to wait before
+    sending a new heartbeat", says Tooz. With etcd, memcached, redis and files that is
+    the lease. Drivers without heartbeats, such as ZooKeeper's, return None.
     """
 
     def __init__(self, seconds, heart):
         self.seconds, self.heart, self.beats = seconds, heart, None
-        self.promise = f" (lease: {seconds:g} s)" if seconds else ""
-        self.answered()
+        self.note = f" (lease: {seconds:g} s)" if seconds else ""
+        self.note_answer()
 
-    def answered(self):
-        """The backend has answered: so a beat since its last answer has arrived, too.
+    def note_answer(self):
+        """Note that the backend has answered: a beat sent before that has arrived, too.
 
         A beat alone proves nothing: memcached's are sent without asking for an answer.
         """
@@ -400,8 +407,6 @@ class Lease:
 
     def __str__(self):
         """Return what is left as a bar, for the status line."""
-        if not self.seconds:
-            return "no lease"
         left = max(0, self.end - time.time())
         bar = "#" * round(10 * left / self.seconds)
         return f"lease [{bar:.<10}] {f'{left:.0f} s' if left else 'is over'}"
@@ -428,7 +433,6 @@ class Screen:
         """Print a line of trouble."""
         self.put(self.erase)
         self.put(f"{self.client}: {text}\n", sys.stderr)
-        self.put(self.line)
 
     def status(self, text, more=""):
         """Redraw the status line: in a terminal, unless we run in its background."""
@@ -437,13 +441,13 @@ class Screen:
         with contextlib.suppress(OSError):
             if self.erase and os.tcgetpgrp(1) == os.getpgrp():
                 # A line that is too long for the terminal could not be redrawn.
-                room = os.get_terminal_size(1).columns - 1
+                room = (os.get_terminal_size(1).columns or 80) - 1
                 text = f"{self.client}: {text}"
                 self.line = (text + more if len(text + more) <= room else text)[:room]
                 self.put(self.erase + self.line)
 
     def put(self, text, stream=None):
-        """Print all but passwords in URLs. A reader that has gone is a hang-up."""
+        """Print all but passwords in URLs. If nobody reads any more, we hang up."""
         text = re.sub(r"(://[^:@\s]*:)\S*@", r"\1***@", text)
         text = re.sub(r"(password=)[^&\s]*", r"\1***", text)
         try:
@@ -468,9 +472,10 @@ def main():
         check_url(url)
         while True:
             screen.status(f"asking {url}")
-            # A name that is taken leads back to step 1, once it is free.
-            with contextlib.suppress(coordination.MemberAlreadyExist):
+            try:
                 return join_and_watch(url, args.client, args.group, args.wait, screen)
+            except coordination.MemberAlreadyExist:
+                pass  # Below, or this error would be the cause of all that come later.
             wait_for_our_name(url, args.client, args.group, screen)
     except SystemExit as end:
         return end.code

@@ -1,6 +1,7 @@
 """Real backends on free ports, and the script as a process, as users run it."""
 
-import contextlib
+import concurrent.futures
+import fcntl
 import io
 import os
 import pathlib
@@ -8,15 +9,17 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 import urllib.parse
 
 import fasteners
 import mirakuru
-import pexpect.popen_spawn
+import pexpect.fdpexpect
 import port_for
 import psutil
 import pytest
@@ -26,13 +29,20 @@ SCRIPT = ROOT / "tooz_join_group.py"
 # Seconds to wait for what must come. Machines are slow, and no test is about speed.
 LIMIT = 60
 CLOCK = r"\d\d:\d\d:\d\d"
+# Inherit nothing from whoever started pytest: perhaps it was nohup, or a script's &.
+AFRESH = """
+import fcntl, os, signal, sys, termios
+for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE:
+    signal.signal(number, signal.SIG_DFL)
+if os.isatty(0):
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 
 # What changes how a URL is reached has no place in a test.
-DETOURS = r"(?i)(\w+_proxy|(requests|curl)_ca_bundle|tooz_backend_url)"
 for name in [*os.environ]:
-    if re.fullmatch(DETOURS, name):
+    if re.fullmatch(r"(?i)(\w+_proxy|\w+_ca_bundle|tooz_backend_url)", name):
         del os.environ[name]
-
 
 # Each worker of pytest-xdist takes its ports from a range of its own, and each port once.
 WORKER = int(re.sub(r"\D", "", os.environ.get("PYTEST_XDIST_WORKER", "")) or 30)
@@ -46,24 +56,6 @@ def free_port():
     return port
 
 
-def command(*arguments):
-    """Return the command line of the script, as a list."""
-    return [sys.executable, str(SCRIPT), *map(str, arguments)]
-
-
-def run(*arguments, **options):
-    """Run the script to its end; return its CompletedProcess, with text in it."""
-    options = {"capture_output": True, "text": True, "timeout": LIMIT, **options}
-    begun = time.monotonic()
-    done = subprocess.run(command(*arguments), check=False, **options)
-    if time.monotonic() - begun > 2:
-        # True on a busy machine, and no fault of the script.
-        slow = r".*: no answer; trying for another \d+ s\n.* answers again\n"
-        done.stderr = re.sub(slow, "", done.stderr)
-    assert "Traceback" not in done.stderr or "--debug" in arguments
-    return done
-
-
 def wait_until(it_is_so):
     """Wait until the function returns something true."""
     limit = time.monotonic() + LIMIT
@@ -72,32 +64,50 @@ def wait_until(it_is_so):
         time.sleep(0.02)
 
 
-def start_afresh():
-    """Inherit nothing from whoever started pytest: perhaps it was nohup, or a script's &."""
-    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-        signal.signal(number, signal.SIG_DFL)
-    # In a terminal, pexpect has made a session already.
-    if os.getpid() != os.getsid(0):
-        os.setsid()
+# --- Clients ---
 
 
-class Watched:
-    """What both kinds of client below share: patterns to wait for, and an end."""
+def command(*arguments):
+    """Return the command line of the script, as a list."""
+    return [sys.executable, str(SCRIPT), *map(str, arguments)]
 
-    def begin(self):
+
+def run(*arguments, **options):
+    """Run the script to its end; return its CompletedProcess, with text in it."""
+    options = {"capture_output": True, "text": True, "timeout": LIMIT, **options}
+    done = subprocess.run(command(*arguments), check=False, **options)
+    assert "Traceback" not in (done.stderr or "")
+    return done
+
+
+class Program(pexpect.fdpexpect.fdspawn):
+    """A command in a session of its own: in a pipe, or in a terminal of 80 columns."""
+
+    def __init__(self, *words, terminal=False, columns=80, **options):
+        reader, writer = os.openpty() if terminal else os.pipe()
+        if terminal:
+            size = struct.pack("HHHH", 24, columns, 0, 0)
+            fcntl.ioctl(writer, termios.TIOCSWINSZ, size)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", AFRESH, *words],
+            stdin=writer if terminal else subprocess.DEVNULL,
+            stdout=writer,
+            stderr=writer,
+            start_new_session=True,
+            **options,
+        )
+        os.close(writer)
+        super().__init__(reader, encoding="utf-8", timeout=LIMIT)
         self.logfile_read = io.StringIO()
-        # Else PopenSpawn looks for output every 0.1 ms: a few such waits fill a core.
-        self.delayafterread = 0.005
 
     def sees(self, *patterns):
         """Wait until the patterns appear in the output, one after the other."""
         for pattern in patterns:
             try:
-                self.expect(pattern, timeout=LIMIT)
+                self.expect(pattern)
             except (pexpect.TIMEOUT, pexpect.EOF) as error:
-                pytest.fail(
-                    f"{pattern!r} did not come ({type(error).__name__}):\n{self.transcript}"
-                )
+                what = f"{pattern!r} did not come ({type(error).__name__})"
+                pytest.fail(f"{what}:\n{self.transcript}")
 
     @property
     def transcript(self):
@@ -105,83 +115,87 @@ class Watched:
         return self.logfile_read.getvalue()
 
     def hit(self, number):
-        """Send a signal to the script."""
-        os.kill(self.pid, number)
+        """Send a signal to the program and its children."""
+        os.killpg(self.process.pid, number)
 
-
-class Client(Watched, pexpect.popen_spawn.PopenSpawn):
-    """The script, writing to a pipe: stdout and stderr together."""
-
-    def __init__(self, *arguments, under=()):
-        super().__init__(
-            [*under, *command(*arguments)],
-            encoding="utf-8",
-            preexec_fn=start_afresh,
-        )
-        self.begin()
-
-    def ends(self, status, timeout=LIMIT):
-        """Wait for the script's end; hold it to its status and to no traceback."""
-        self.expect(pexpect.EOF, timeout=timeout)
-        assert self.proc.wait(timeout) == status, self.transcript
+    def ends(self, *statuses):
+        """Wait for its end; hold it to one of these statuses, and to no traceback."""
+        self.expect(pexpect.EOF)
+        assert self.process.wait(LIMIT) in statuses, self.transcript
         assert "Traceback" not in self.transcript, self.transcript
-
-
-class Terminal(Watched, pexpect.spawn):
-    """A command in a real terminal of 80 columns."""
-
-    def __init__(self, program, *arguments, **options):
-        options = {"encoding": "utf-8", "preexec_fn": start_afresh, **options}
-        super().__init__(program, [*arguments], **options)
-        self.begin()
-
-    def ends(self, status):
-        """Wait for the script's end; hold it to its status and to no traceback."""
-        self.expect(pexpect.EOF, timeout=LIMIT)
-        self.close()
-        assert self.exitstatus == status, self.transcript
-        assert "Traceback" not in self.transcript, self.transcript
-
-
-class TerminalClient(Terminal):
-    """The script in a terminal."""
-
-    def __init__(self, *arguments, under=()):
-        super().__init__(*under, *command(*arguments))
 
 
 @pytest.fixture
-def start():
-    """Start clients with start(name, group, url, …); none survives its test."""
-    clients = []
+def programs():
+    """Start programs with programs(word, …); none survives its test."""
+    started = []
 
-    def start(*arguments, kind=Client, **options):
-        clients.append(kind(*arguments, **options))
-        return clients[-1]
+    def program(*words, **options):
+        started.append(Program(*words, **options))
+        return started[-1]
 
-    yield start
-    for client in clients:
-        with contextlib.suppress(ProcessLookupError):
-            client.hit(signal.SIGKILL)
-        if isinstance(client, Client):
-            client.proc.wait()
-        else:
-            client.close(force=True)
+    yield program
+    for one in started:
+        try:
+            one.hit(signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        one.process.wait()
+        one.close()
+
+
+@pytest.fixture
+def group(request):
+    """A group of the test's own."""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", request.node.name).strip("-")
+    return f"{name[:60]}.{time.time_ns() % 10**9}"
+
+
+@pytest.fixture
+def start(programs, group):
+    """Start the script in that group with start(name, url, …)."""
+
+    def client(name, *arguments, under=(), **options):
+        return programs(*under, *command(name, group, *arguments), **options)
+
+    return client
+
+
+# --- Servers ---
 
 
 class Server:
-    """What all backends share: a URL, and, where there is one, a process to torment."""
+    """A backend: its URL and, where there are any, its processes to torment."""
 
     executors = ()
 
+    def __init__(self, base):
+        self.base = base
+        self.port = urllib.parse.urlsplit(base).port
+
+    @property
+    def addresses(self):
+        """Return where it listens, as etcd's gateway wants it."""
+        return f"127.0.0.1:{self.port}"
+
     def url(self, **options):
         """Return the Tooz URL, with options in its query."""
-        query = "&".join(f"{key}={value}" for key, value in options.items())
-        return self.base + ("?" + query if query else "")
+        query = urllib.parse.urlencode(options, safe="/")
+        return f"{self.base}?{query}" if query else self.base
+
+    def add(self, words, where):
+        """Add a process: it runs as soon as it answers there, a URL or a port."""
+        kind = mirakuru.TCPExecutor if isinstance(where, int) else mirakuru.HTTPExecutor
+        where = ("127.0.0.1", where) if isinstance(where, int) else (where,)
+        quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        if kind is mirakuru.HTTPExecutor:
+            quiet["method"] = "GET"  # etcd refuses HEAD
+        self.executors = [*self.executors, kind(words, *where, timeout=LIMIT, **quiet)]
 
     def start(self):
-        for executor in self.executors:
-            executor.start()
+        # A node of a cluster runs only once it has met a second one.
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            list(threads.map(lambda executor: executor.start(), self.executors))
         return self
 
     def kill(self):
@@ -199,49 +213,36 @@ class Server:
             os.killpg(executor.process.pid, signal.SIGCONT)
 
 
-def executor(kind, arguments, *where):
-    """Return a mirakuru executor of that kind, for a command that need not be heard."""
-    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-    if kind is mirakuru.HTTPExecutor:
-        quiet["method"] = "GET"  # etcd refuses HEAD
-    return kind(arguments, *where, timeout=LIMIT, **quiet)
+class Line(Server):
+    """A line to a server that can be cut: etcd's own gateway, which forwards any TCP."""
+
+    def __init__(self, server, port=None):
+        port = port or free_port()
+        super().__init__(server.base.replace(f":{server.port}", f":{port}"))
+        words = ["etcd", "gateway", "start", "--endpoints", server.addresses]
+        words += ["--listen-addr", self.addresses, "--retry-delay", "1s"]
+        self.add(words, port)
 
 
 class Etcd(Server):
-    """One etcd; `cluster` maps the names of its members to their peer ports."""
+    """One etcd. In a cluster, `peers` has the names of all members, and their ports."""
 
-    def __init__(self, folder, port=None, name="default", cluster=None, tls=()):
-        self.folder, self.port = folder / name, port or free_port()
-        cluster = cluster or {name: free_port()}
-        scheme = "https" if tls else "http"
-        client = f"{scheme}://127.0.0.1:{self.port}"
-        peer = f"http://127.0.0.1:{cluster[name]}"
-        peers = [f"{one}=http://127.0.0.1:{at}" for one, at in cluster.items()]
-        self.base, self.endpoint = f"etcd3+{client}", client
-        arguments = ["etcd", "--name", name, "--data-dir", str(self.folder), *tls]
-        arguments += ["--listen-client-urls", client, "--advertise-client-urls", client]
-        arguments += ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]
-        arguments += ["--initial-cluster", ",".join(peers)]
-        if tls:
-            kind, *where = mirakuru.TCPExecutor, "127.0.0.1", self.port
-        else:
-            kind, *where = mirakuru.HTTPExecutor, f"{client}/health"
-        self.executors = [executor(kind, arguments, *where)]
+    def __init__(self, folder, port=None, name="etcd", peers=None, tls=()):
+        client = f"http{'s' if tls else ''}://127.0.0.1:{port or free_port()}"
+        super().__init__(f"etcd3+{client}")
+        self.folder, peers = folder / name, peers or {name: free_port()}
+        urls = {one: f"http://127.0.0.1:{at}" for one, at in peers.items()}
+        words = ["etcd", "--name", name, "--data-dir", str(self.folder), *tls]
+        words += ["--listen-client-urls", client, "--advertise-client-urls", client]
+        words += ["--listen-peer-urls", urls[name]]
+        words += ["--initial-advertise-peer-urls", urls[name]]
+        words += ["--initial-cluster", ",".join("=".join(one) for one in urls.items())]
+        self.add(words, self.port if tls else f"{client}/health")
 
-    def wait_until_healthy(self):
-        """Wait until this node knows a leader, and answers."""
-        self.executors[0].wait_for(self.executors[0].after_start_check)
-
-    def ctl(self, *arguments):
+    def ctl(self, *words):
         """Run etcdctl; return its output."""
-        environment = {**os.environ, "ETCDCTL_API": "3"}
-        return subprocess.run(
-            ["etcdctl", "--endpoints", self.endpoint, *arguments],
-            env=environment,
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
+        words = ["etcdctl", "--endpoints", self.addresses, *words]
+        return subprocess.check_output(words, text=True)
 
     def forget(self):
         """Come back empty."""
@@ -251,57 +252,40 @@ class Etcd(Server):
 
     def wipe(self):
         """Throw all members out: revoke their leases."""
-        leases = self.ctl("lease", "list")
-        for lease in re.findall(r"(?m)^[0-9a-f]{8,}$", leases):
+        for lease in re.findall(r"(?m)^[0-9a-f]{8,}$", self.ctl("lease", "list")):
             self.ctl("lease", "revoke", lease)
 
 
 class Cluster(Etcd):
-    """Three etcds behind etcd's own TCP gateway, whose address the clients get."""
+    """Three etcds behind etcd's own gateway, whose address the clients get."""
 
     def __init__(self, folder):
         peers = {f"node{one}": free_port() for one in range(3)}
-        self.nodes = [Etcd(folder, name=name, cluster=peers) for name in peers]
-        gateway = free_port()
-        addresses = [f"127.0.0.1:{node.port}" for node in self.nodes]
-        arguments = ["etcd", "gateway", "start", "--endpoints", ",".join(addresses)]
-        arguments += ["--listen-addr", f"127.0.0.1:{gateway}", "--retry-delay", "1s"]
-        self.base = f"etcd3+http://127.0.0.1:{gateway}"
-        self.endpoint = ",".join(addresses)
-        self.gateway = executor(mirakuru.TCPExecutor, arguments, "127.0.0.1", gateway)
-        self.executors = [*(node.executors[0] for node in self.nodes), self.gateway]
+        self.folder = folder / "cluster"
+        self.nodes = [Etcd(self.folder, name=name, peers=peers) for name in peers]
+        self.base, self.port = self.nodes[0].base, self.nodes[0].port
+        line = Line(self)
+        self.base, self.port = line.base, line.port
+        self.executors = sum((node.executors for node in self.nodes), line.executors)
 
-    def start(self):
-        # A node is healthy only once it has met a second one: start all, then wait.
-        for node in self.nodes:
-            mirakuru.base.SimpleExecutor.start(node.executors[0])
-        for node in self.nodes:
-            node.wait_until_healthy()
-        self.gateway.start()
-        return self
-
-    def forget(self):
-        self.kill()
-        for node in self.nodes:
-            shutil.rmtree(node.folder)
-        self.start()
+    @property
+    def addresses(self):
+        return ",".join(node.addresses for node in self.nodes)
 
     def split(self):
         """Return the nodes as (the leader, the others)."""
         table = self.ctl("endpoint", "status", "--write-out", "fields")
         ids = re.findall(r'"MemberID" : (\d+)', table)
-        leader = re.search(r'"Leader" : (\d+)', table).group(1)
         nodes = dict(zip(ids, self.nodes))
-        return nodes.pop(leader), [*nodes.values()]
+        leader = nodes.pop(re.search(r'"Leader" : (\d+)', table).group(1))
+        return leader, [*nodes.values()]
 
 
 class Memcached(Server):
     def __init__(self, folder):
-        self.port = free_port()
-        self.base = f"memcached://127.0.0.1:{self.port}"
-        where = ("127.0.0.1", self.port)
-        arguments = f"memcached -u nobody -l 127.0.0.1 -p {self.port}".split()
-        self.executors = [executor(mirakuru.TCPExecutor, arguments, *where)]
+        super().__init__(f"memcached://127.0.0.1:{free_port()}")
+        words = f"memcached -u nobody -l 127.0.0.1 -p {self.port}".split()
+        self.add(words, self.port)
 
     def forget(self):
         self.kill()
@@ -316,7 +300,7 @@ class Memcached(Server):
 class Files(Server):
     def __init__(self, folder):
         self.folder = folder / "tooz"
-        self.base = f"file://{self.folder}"
+        super().__init__(f"file://{self.folder}")
 
     def wipe(self):
         for member in self.folder.glob("groups/*/*.raw"):
@@ -326,69 +310,55 @@ class Files(Server):
 BACKENDS = {"etcd": Etcd, "cluster": Cluster, "memcached": Memcached, "file": Files}
 
 
-def pytest_sessionstart(session):
-    """Start what is slow to start: once, before pytest-xdist starts its workers."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        return
-    folder = tempfile.TemporaryDirectory()
-    session.config.add_cleanup(folder.cleanup)
-    for name in "etcd", "cluster":
-        server = BACKENDS[name](pathlib.Path(folder.name, name))
-        session.config.add_cleanup(server.kill)
-        os.environ[f"SHARED_{name}"] = server.start().base
+def on(*names, own=False):
+    """Run a test on these backends, one after the other; `own`: it may torment them."""
+    marks = pytest.mark.own if own else ()
+    values = [pytest.param(name, marks=marks) for name in names]
+    return pytest.mark.parametrize("backend", values, indirect=True)
 
 
 @pytest.fixture
-def launch(request, tmp_path):
-    """Return a function that starts a backend of the test's own."""
+def servers(request, tmp_path):
+    """Return a function from a backend's name to one that runs.
 
-    def launch(name):
-        server = BACKENDS[name](tmp_path)
-        request.addfinalizer(server.kill)
-        return server.start()
-
-    return launch
-
-
-@pytest.fixture
-def servers(launch):
-    """Return a function from a backend's name to one that runs: do it no harm.
-
-    All tests share etcd and the cluster, but not memcached: there, a client that stops
-    takes its namesakes in all groups with it, until their next heartbeat.
+    etcd and the cluster are slow to start: all tests share one of each, but those that
+    torment theirs. memcached is never shared: there, a client that stops takes its
+    namesakes in all groups with it, until their next heartbeat.
     """
 
     def server(name):
-        if f"SHARED_{name}" not in os.environ:
-            return launch(name)
-        shared = Server()
-        shared.base = os.environ[f"SHARED_{name}"]
-        shared.port = urllib.parse.urlsplit(shared.base).port
-        return shared
+        shared = os.environ.get(f"SHARED_{name}")
+        if shared and not request.node.get_closest_marker("own"):
+            return Server(shared)
+        one = BACKENDS[name](tmp_path)
+        request.addfinalizer(one.kill)
+        return one.start()
 
     return server
 
 
 @pytest.fixture
 def backend(request, servers):
-    """A backend to do no harm."""
+    """The backend that on() names."""
     return servers(request.param)
 
 
-@pytest.fixture
-def own_backend(request, launch):
-    """A backend of the test's own, to torment."""
-    return launch(request.param)
+def pytest_sessionstart(session):
+    """Start what is shared: once, before pytest-xdist starts its workers."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    folder = tempfile.TemporaryDirectory()
+    session.config.add_cleanup(folder.cleanup)
+    for name in "etcd", "cluster":
+        server = BACKENDS[name](pathlib.Path(folder.name))
+        session.config.add_cleanup(server.kill)
+        os.environ[f"SHARED_{name}"] = server.start().base
 
 
 def pytest_collection_modifyitems(items):
     """Begin with the longest tests; end with those that wait for all others to end."""
-
-    def order(item):
-        alone = item.get_closest_marker("alone") is not None
-        return alone, item.path.stem != "test_readme"
-
-    items.sort(key=order)
+    items.sort(key=lambda item: item.path.stem != "test_readme")
+    items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
 
 
 @pytest.fixture(autouse=True)
@@ -399,30 +369,3 @@ def alone(request, tmp_path_factory):
     marked = request.node.get_closest_marker("alone")
     with lock.write_lock() if marked else lock.read_lock():
         yield
-
-
-@pytest.fixture
-def default_etcd_port(tmp_path_factory):
-    """Two tests use it: not at once."""
-    path = tmp_path_factory.getbasetemp().parent / "2379.lock"
-    with fasteners.InterProcessLock(path):
-        yield
-
-
-@pytest.fixture
-def group(request):
-    """A group of the test's own."""
-    name = re.sub(r"[^A-Za-z0-9]+", "-", request.node.name).strip("-")
-    return f"{name[:60]}.{time.time_ns() % 10**9}"
-
-
-def own(name):
-    """Run a test on a backend of its own, of that kind."""
-    return pytest.mark.parametrize("own_backend", [name], indirect=True)
-
-
-def three(fixture="backend"):
-    """Run a test on etcd, memcached and files."""
-    return pytest.mark.parametrize(
-        fixture, ["etcd", "memcached", "file"], indirect=True
-    )
