@@ -383,9 +383,8 @@ def test_crowd(backend, group, start, programs):
     watcher = start("watcher", url, "--wait", "600")
     watcher.sees("4. members: watcher\n")
     names = [f"c{one:02}" for one in range(50)]
-    crowd = programs(
-        sys.executable, "-c", CROWD, str(SCRIPT), " ".join(names), group, url
-    )
+    quiet = ["bash", "-c", 'exec "$@" >/dev/null', "-", sys.executable]
+    crowd = programs(*quiet, "-c", CROWD, SCRIPT, " ".join(names), group, url)
     watcher.sees("members: " + ", ".join([*names, "watcher"]) + "\n")
     crowd.hit(signal.SIGTERM)
     watcher.sees("gone, members: watcher\n")

@@ -144,7 +144,7 @@ def test_mute_backend(backend, start):
     """Until it answers for the first time, a status line names it."""
     backend.pause()
     a = start("A", backend.url(timeout=3), terminal=True)
-    a.sees("1. started", f"A: asking {backend.url(timeout=3)}")
+    a.sees("1. started", f"A: asking {backend.url()}")
     a.sees("cannot use .*: no answer")
     a.ends(1)
 
