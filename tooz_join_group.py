@@ -30,14 +30,14 @@ import contextlib
 import logging
 import os
 import re
+import select
 import signal
 import sys
 import time
 import urllib.parse
 import urllib.request
-import warnings
 
-# Until main() sets its handlers, Ctrl-C just ends us, with no traceback of an import.
+# Until we hear signals, in step 1, Ctrl-C just ends us: with no traceback of an import.
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 try:
@@ -58,12 +58,12 @@ def join_and_watch(url, client, group, wait, screen):
     """
     me, group_id = client.encode(), group.encode()  # Tooz takes names as bytes.
 
-    # 1. The coordinator is our line to the backend. Its heart is a thread that sends
-    #    heartbeats. Each renews our lease: the time for which the backend keeps us even
-    #    if it hears nothing. The heart beats twice in that time. We beat once by hand,
-    #    as heartbeat() returns how many seconds it is.
+    # 1. The coordinator is our line to the backend. Its heart, a thread, sends two
+    #    heartbeats in each lease: the time for which the backend keeps us even if it
+    #    hears nothing. One more by hand, as heartbeat() returns how long that is (s).
     coordinator = coordination.get_coordinator(url, me)
     coordinator.start(start_heart=True)
+    hear_signals(end_the_wait)  # From here on, there may be something to leave.
     lease = Lease(coordinator.heartbeat(), coordinator.heart)
     screen.say(f"1. started a coordinator on {url}")
 
@@ -96,10 +96,8 @@ def join_and_watch(url, client, group, wait, screen):
     except SystemExit as end:  # The alarm, or a signal: see end_the_wait().
         status = end.code
 
-    # The signal came before we had asked to join, or we are refused, as another has our
-    # name. Then we must not leave: on memcached that would remove the other.
-    if joining is None or is_refused(joining):
-        return status
+    if joining is None:
+        return status  # The signal came before we had asked to join.
     if members is not None:
         screen.say(f"5. waited {wait:g} s" if status == 0 else "5. interrupted")
 
@@ -107,9 +105,12 @@ def join_and_watch(url, client, group, wait, screen):
     #    beating, they would go on seeing us until our lease ends.
     screen.status("leaving")
     try:
+        joining.get(10)  # Seconds. If a signal came first, the answer is on its way.
         with contextlib.suppress(*NOT_A_MEMBER):
-            coordinator.leave_group(group_id).get(10)  # Seconds: it may be silent.
+            coordinator.leave_group(group_id).get(10)
         coordinator.stop()  # The heart, too. (It would also leave, but hide errors.)
+    except coordination.MemberAlreadyExist:
+        return status  # Another has our name: leaving would throw out that one.
     except Exception as error:  # noqa: BLE001 (drivers raise what they like)
         screen.warn(f"could not leave {group}: {reason(error)}; our lease will end it")
         return 1
@@ -128,7 +129,7 @@ def watch(coordinator, me, group_id, members, lease, screen):
     the same: run_watchers() in tooz/coordination.py calls get_members() and takes the
     two differences.)
     """
-    look, told, last_round = None, False, time.time()
+    look, told, slept, last_round = None, False, False, time.time()
     while True:
         to_go = signal.getitimer(signal.ITIMER_REAL)[0]
         screen.status(f"{to_go:.0f} s to go", f", {lease}" if lease.seconds else "")
@@ -138,14 +139,13 @@ def watch(coordinator, me, group_id, members, lease, screen):
         try:
             if look is None:
                 look, asked = coordinator.get_members(group_id), time.monotonic()
-            seen = members_in(look)
-            look = None
+            seen, look = members_in(look), None
             # We may have been thrown out. Or we slept: then the others may have seen us
             # go, even if a late beat has brought us back since, as it does on files.
-            slept = lease.seconds and time.time() - last_round > lease.seconds
+            slept = slept or time.time() - last_round > (lease.seconds or 60)
             if me not in seen or slept:
-                members, lease = join_again(coordinator, group_id, screen)
-                seen = members  # They are shown: no differences this time.
+                members, lease = join_again(coordinator, group_id, lease, screen)
+                seen, slept = members, False  # All are shown: no differences this time.
             lease.note_answer()
             told = False
             # A group is a set: who is new and who is missing are two differences. We
@@ -175,10 +175,15 @@ def members_in(look):
         return set()  # A group that is not there has no members.
 
 
-def join_again(coordinator, group_id, screen):
+def join_again(coordinator, group_id, lease, screen):
     """Become a member again; return the members, a set of bytes, and the new lease."""
-    # The old lease is over. On etcd, only this beat makes a new one.
-    lease = Lease(coordinator.heartbeat(), coordinator.heart)
+    if lease.seconds:
+        # The old lease is over. On etcd, a beat makes a new one. We beat by hand while
+        # the heart rests, or it might make another: then nobody would renew ours.
+        coordinator.heart.stop()
+        coordinator.heart.wait()
+        lease = Lease(coordinator.heartbeat(), coordinator.heart)
+        coordinator.heart.start()
     try:
         # Tooz's own call for steps 2 and 3 in one, as the group may be gone, too. It
         # returns no future, but waits by itself.
@@ -189,20 +194,6 @@ def join_again(coordinator, group_id, screen):
     members = coordinator.get_members(group_id).get()
     screen.say(f"4. {listing(members)}")
     return members, lease
-
-
-def is_refused(joining):
-    """Tell whether a join was refused, as another has our name. Waits for up to 10 s.
-
-    Tooz may go on joining while a signal ends our story. We must know, or we might stay
-    in the list. (If the signal came just as Tooz took the join, before we had the
-    future, we do stay: for one lease.)
-    """
-    try:
-        joining.get(10)
-    except Exception as error:  # noqa: BLE001 (any other error: we may have got in)
-        return isinstance(error, coordination.MemberAlreadyExist)
-    return False
 
 
 def end_the_wait(number, _):
@@ -223,7 +214,8 @@ def end_at_once(number, _):
     """
     to_go = signal.getitimer(signal.ITIMER_REAL)[0]
     if number == signal.SIGALRM and to_go == 0:  # Else the wait's alarm comes late.
-        os.write(2, b"leaving took too long: the backend will forget us\n")
+        if select.select([], [2], [], 0)[1]:  # Not if Ctrl-S has stopped the terminal.
+            os.write(2, b"leaving took too long: the backend will forget us\n")
         os._exit(1)
     if number == signal.SIGINT and to_go < LEAVING - 0.25:
         signal.signal(number, signal.SIG_DFL)
@@ -248,9 +240,7 @@ def wait_for_our_name(url, client, group, screen):
     # We look under a name that no client can have: memcached's driver never finds its
     # own name missing. "sync" spares us threads: the call itself does the work.
     scout = coordination.get_coordinator(url, f"{client}?".encode(), executor="sync")
-    namesake = coordination.get_coordinator(url, me, executor="sync")
     scout.start()
-    namesake.start()
     # Backends are a little late in forgetting. Drivers without heartbeats return None.
     enough = (scout.heartbeat() or 30) + 2
     screen.warn(f"{client} is taken. Is its owner alive? Looking for {enough:g} s")
@@ -262,12 +252,14 @@ def wait_for_our_name(url, client, group, screen):
             sys.exit(1)
         screen.status(f"{to_go:.0f} s left to look at the name {client}")
         time.sleep(LOOK_EVERY)
-    # The file driver hides a member whose lease is over, and still refuses its name:
-    # leaving under that name removes the file. (No stop(), which on memcached would hit
-    # whoever has the name by now.)
-    with contextlib.suppress(*NOT_A_MEMBER):
-        namesake.leave_group(group_id).get()
     scout.stop()
+    # The file driver hides a member whose lease is over, and still refuses its name.
+    # Leaving under that name frees it. (Elsewhere that could only hit who has it now.)
+    if url.startswith("file:"):
+        namesake = coordination.get_coordinator(url, me, executor="sync")
+        namesake.start()
+        with contextlib.suppress(*NOT_A_MEMBER):
+            namesake.leave_group(group_id).get()
 
 
 def reason(error):
@@ -283,7 +275,7 @@ def reason(error):
     texts = re.findall(r'"(?:error|message)": ?"([^"]+)"', " ".join(said))
     texts += ["no answer" for name in names if re.search("(?i)timed?out", name)]
     texts += [str(one) for one in reversed(chain) if isinstance(one, OSError)]
-    texts += [*said, re.sub("(?!^)(?=[A-Z])", " ", names[-1]).lower()]
+    texts += [*said, names[-1]]
     words = next(text for text in texts if text and not text.startswith("<"))
     words = re.sub(r"^\[.*?\] ?| ?\(_ssl\.c.*", "", words)  # "[Errno 111] " and such
     return "".join(one for one in words[:300] if one.isprintable())
@@ -305,11 +297,10 @@ Run each client in a terminal of its own. Examples:
   etcd:       tooz_join_group.py clientA group1
   memcached:  tooz_join_group.py clientA group1 memcached://127.0.0.1:11211
   no server:  tooz_join_group.py clientA group1 file:///tmp/tooz
+  own lease:  tooz_join_group.py clientA group1 'etcd3+http://localhost?timeout=5'
 
-BACKEND_URL defaults to $TOOZ_BACKEND_URL, then to etcd3+http://localhost.
-Its ?timeout= sets the lease: for how many seconds the backend keeps a silent
-member. Quote it for the shell: 'etcd3+http://localhost?timeout=5'
-
+BACKEND_URL defaults to $TOOZ_BACKEND_URL, then to etcd3+http://localhost. The lease
+is the time, in seconds, for which the backend keeps a silent member.
 Exit status: 0 done, 1 could not do it, 2 wrong arguments, 128+n ended by signal n.
 """
 
@@ -361,8 +352,7 @@ def advice(url, error):
     """Return what to do about an error that kept us from joining."""
     scheme = url.partition("://")[0]
     if isinstance(error, ImportError):
-        what = "-r requirements.txt" if scheme in ADVICE else f"'tooz[{scheme}]'"
-        return f"Install what is needed: pip install {what}"
+        return "pip install -r requirements.txt, or 'tooz[redis]', 'tooz[zookeeper]'"
     if isinstance(error, ValueError) and not isinstance(error, OSError):
         return EXAMPLES  # A mistake in the URL. Errors of the network can be both.
     host = urllib.parse.urlsplit(url).hostname or "localhost"
@@ -427,12 +417,12 @@ class Screen:
 
     def say(self, text):
         """Print a line of the story."""
-        self.put(f"{self.erase}{self.client}: {text}\n{self.line}")
+        self.put(f"{self.erase}{self.named(text)}\n{self.line}")
 
     def warn(self, text):
         """Print a line of trouble."""
         self.put(self.erase)
-        self.put(f"{self.client}: {text}\n", sys.stderr)
+        self.put(self.named(text) + "\n", sys.stderr)
 
     def status(self, text, more=""):
         """Redraw the status line: in a terminal, unless we run in its background."""
@@ -442,14 +432,17 @@ class Screen:
             if self.erase and os.tcgetpgrp(1) == os.getpgrp():
                 # A line that is too long for the terminal could not be redrawn.
                 room = (os.get_terminal_size(1).columns or 80) - 1
-                text = f"{self.client}: {text}"
+                text = self.named(text)
                 self.line = (text + more if len(text + more) <= room else text)[:room]
                 self.put(self.erase + self.line)
 
-    def put(self, text, stream=None):
-        """Print all but passwords in URLs. If nobody reads any more, we hang up."""
+    def named(self, text):
+        """Return the text with our name before it, and no password of a URL in it."""
         text = re.sub(r"(://[^:@\s]*:)\S*@", r"\1***@", text)
-        text = re.sub(r"(password=)[^&\s]*", r"\1***", text)
+        return f"{self.client}: " + re.sub(r"(password=)[^&\s]*", r"\1***", text)
+
+    def put(self, text, stream=None):
+        """Print as it is. If nobody reads any more, we hang up."""
         try:
             print(text, end="", file=stream, flush=True)
         except OSError:
@@ -464,8 +457,7 @@ def main():
     url = re.sub("^etcd3://", "etcd3+http://", args.url)
     screen = Screen(args.client)
     logging.disable()  # Or the heart would warn, each second, of a silent backend.
-    warnings.simplefilter("ignore")  # urllib3 has one for the Python of macOS.
-    hear_signals(end_the_wait)
+    logging.captureWarnings(True)  # urllib3 has one for the Python of macOS.
     try:
         if url != args.url:  # The lesson's driver has left Tooz.
             screen.say(f"{args.url} is now {url}")

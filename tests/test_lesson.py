@@ -262,7 +262,7 @@ EXAMPLE = "Examples: etcd3+http://localhost, memcached://127.0.0.1"
         ("memcached://nosuch.invalid", NAME, MEMCACHED),
         ("etcd4://localhost", "No .* driver found, looking for 'etcd4'", EXAMPLE),
         ("localhost", "No .* driver found", EXAMPLE),
-        ("zookeeper://h1:2181,h2:2181", "'kazoo'", "pip install 'tooz[zookeeper]'"),
+        ("zookeeper://h1:2181,h2:2181", "'kazoo'", "'tooz[zookeeper]'"),
         ("etcd3+http://localhost:abc", PORT, EXAMPLE),
         ("etcd3+http://localhost:0", PORT, EXAMPLE),
         ("memcached://localhost:99999", "(?i)port", EXAMPLE),
@@ -402,7 +402,7 @@ def test_missing_driver(tmp_path):
     (tmp_path / "etcd3gw.py").write_text("import no_such_module")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = run("A", "g", "etcd3+http://localhost", env=environment)
-    assert "pip install -r requirements.txt\n" in done.stderr
+    assert "pip install -r requirements.txt" in done.stderr
     assert done.returncode == 1
 
 
