@@ -1,6 +1,7 @@
 """Real backends on free ports, and the script as a process, as users run it."""
 
 import concurrent.futures
+import contextlib
 import fcntl
 import io
 import os
@@ -136,10 +137,10 @@ def programs():
 
     yield program
     for one in started:
-        try:
-            one.hit(signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        for process in psutil.process_iter():
+            with contextlib.suppress(OSError, psutil.NoSuchProcess):
+                if os.getsid(process.pid) == one.process.pid:
+                    process.kill()
         one.process.wait()
         one.close()
 

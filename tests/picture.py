@@ -1,0 +1,222 @@
+"""Record the picture at the top of the README: `tests/run picture` writes picture.svg.
+
+The scene is played by the script itself, in three shells in real terminals, on an etcd
+with a lease of 5 s. What their screens show is filmed, and becomes an animated SVG. Over
+each screen stands a title: what is done there, and when.
+"""
+
+import contextlib
+import os
+import pathlib
+import re
+import signal
+import sys
+import tempfile
+import time
+from xml.etree import ElementTree
+
+import pexpect
+import port_for
+import psutil
+import pyte
+from conftest import ROOT, SCRIPT, Etcd, wait_until
+
+PICTURE = pathlib.Path(__file__).with_suffix(".svg")
+COLUMNS = 44  # So that it can be read on a telephone, too.
+ROWS = {"A": 13, "B": 11, "C": 8}  # Just enough: nothing scrolls away.
+SHUTTER = 200  # ms from frame to frame, at least.
+PAUSE = 5000  # ms for the last frame, before all begins again.
+DEEDS = {
+    signal.SIGKILL: "kill -9 {}: its lease must run out",
+    signal.SIGINT: "Ctrl-C in {}: it says goodbye",
+}
+# The renderer puts the frames into a template. Its cells are 8 x 17.
+SIZE = COLUMNS, len(ROWS) + sum(ROWS.values())
+WIDTH, HEIGHT = 8 * SIZE[0], 17 * SIZE[1]
+TEMPLATE = f"""\
+<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"
+ viewBox="0 0 {WIDTH + 16} {HEIGHT + 16}" width="440">
+<defs>
+<t:template_settings xmlns:t="https://github.com/nbedos/termtosvg">
+<t:screen_geometry columns="{SIZE[0]}" rows="{SIZE[1]}"/><t:animation type="css"/>
+</t:template_settings>
+<style id="generated-style"/>
+<style>
+#screen {{font-family: ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace}}
+.background {{fill: #1c2128}} .foreground {{fill: #d7dde4}}
+.color0 {{fill: #1c2128}} .color8 {{fill: #3d4651}} .color11 {{fill: #ffd75f}}
+/* Who prefers less motion sees the last frame: all is over before it begins. */
+@media (prefers-reduced-motion: reduce) {{ #screen_view {{
+animation-delay: calc(-1 * var(--animation-duration)); animation-iteration-count: 1
+}} }}
+</style>
+</defs>
+<rect width="100%" height="100%" rx="8" class="background"/>
+<svg id="screen" x="8" y="8" width="{WIDTH}" height="{HEIGHT}"
+ viewBox="0 0 {WIDTH} {HEIGHT}"/>
+</svg>"""
+HREF = "{http://www.w3.org/1999/xlink}href"
+# The colours of a row, as the template names them: the text, and what is behind it.
+LINE, TITLE = ("foreground", "background"), ("foreground", "color8")
+NEWEST = ("color0", "color11")  # The title of whom something was done to last.
+
+
+def play(start, wait=lambda seconds: None):
+    """A comes, B comes, C comes and is killed, B leaves, A's wait ends. Return all three.
+
+    start(name, …) starts a client of that name, with these options, and returns it: it
+    can be any client of conftest.py. The film waits now and then, so that one can follow.
+    """
+    a = start("A", "--wait", "20")
+    a.sees("4. members: .*\n")
+    wait(3)  # A's lease runs down, and a heartbeat fills it.
+    b = start("B")
+    a.sees("B joined, members: .*\n")
+    wait(2)
+    c = start("C")
+    c.sees("4. members: .*\n")
+    b.sees("C joined, members: .*\n")
+    wait(2)
+    c.hit(signal.SIGKILL)
+    a.sees("C gone, members: .*\n")
+    b.sees("C gone, members: .*\n")
+    wait(2)
+    b.hit(signal.SIGINT)
+    b.sees("6. left .*\n")
+    a.sees("6. left .*\n")
+    return a, b, c
+
+
+class Shell(pexpect.spawn):
+    """A shell in a real terminal, with a title. Whoever waits for its output, films."""
+
+    def __init__(self, name, url, film):
+        path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+        plain = {"PATH": path, "PS1": "$ ", "TERM": "linux", "HISTFILE": ""}
+        super().__init__(
+            "sh",
+            cwd=ROOT,
+            dimensions=(ROWS[name], COLUMNS),
+            encoding="utf-8",
+            env={**os.environ, **plain, "TOOZ_BACKEND_URL": url},
+        )
+        self.name, self.film, self.transcript = name, film, ""
+        self.title = f"terminal {name}"
+        self.screen = pyte.Screen(COLUMNS, ROWS[name])
+        self.stream = pyte.Stream(self.screen)
+
+    def join(self, *options):
+        """Type the command line of the script."""
+        self.say(f"{self.name} comes")
+        self.sendline(" ".join(["python", SCRIPT.name, self.name, "g1", *options]))
+
+    def hit(self, number):
+        """Press Ctrl-C, or send another signal to the script."""
+        self.say(DEEDS[number].format(self.name))
+        if number == signal.SIGINT:
+            self.sendintr()
+        else:
+            psutil.Process(self.pid).children()[0].send_signal(number)
+
+    def say(self, deed):
+        """Put it into the title, with the time."""
+        self.title, self.film.newest = f"{time.strftime('%H:%M:%S')} {deed}", self
+
+    def sees(self, pattern):
+        """Film until the output has the pattern."""
+        self.film.roll(lambda: re.search(pattern, self.transcript))
+
+    def rows(self):
+        """Return the title and the lines of the screen, each with its colours."""
+        with contextlib.suppress(pexpect.TIMEOUT):
+            output = self.read_nonblocking(65536, timeout=0)
+            self.transcript += output
+            self.stream.feed(output)
+        colours = NEWEST if self.film.newest is self else TITLE
+        title = f" {self.title}".ljust(COLUMNS), colours
+        return [title, *((line.rstrip(), LINE) for line in self.screen.display)]
+
+
+class Film:
+    """Three shells, one above the other, and frames: each is a time in ms, and its rows."""
+
+    def __init__(self, url):
+        self.newest, self.frames = None, []
+        self.shells = {name: Shell(name, url, self) for name in ROWS}
+        self.begun = time.monotonic()
+
+    def start(self, name, *options):
+        """Start a client."""
+        self.shells[name].join(*options)
+        return self.shells[name]
+
+    def wait(self, seconds):
+        """Film for so many seconds."""
+        end = time.monotonic() + seconds
+        self.roll(lambda: time.monotonic() > end)
+
+    def roll(self, it_is_so):
+        """Film until the function returns something true."""
+        wait_until(lambda: self.shoot() or it_is_so())
+
+    def shoot(self):
+        """Take a frame, if it is time for one, and if there is something new."""
+        now = int(1000 * (time.monotonic() - self.begun))
+        if self.frames and now < self.frames[-1][0] + SHUTTER:
+            return
+        rows = [row for shell in self.shells.values() for row in shell.rows()]
+        if not self.frames or rows != self.frames[-1][1]:
+            self.frames.append((now, rows))
+
+    def write(self, path):
+        """Write the frames as an SVG that repeats them for ever."""
+        # Only who makes the picture has the renderer: the tests do without.
+        from termtosvg.anim import CharacterCell, render_animation
+        from termtosvg.term import TimedFrame
+
+        end = self.frames[-1][0] + PAUSE, []
+        frames = []
+        for (at, rows), (until, _) in zip(self.frames, [*self.frames[1:], end]):
+            cells = {
+                y: {x: CharacterCell(one, *colours) for x, one in enumerate(text)}
+                for y, (text, colours) in enumerate(rows)
+            }
+            frames.append(TimedFrame(at, until - at, cells))
+        render_animation(frames, SIZE, path, TEMPLATE.encode())
+
+
+def story(path=PICTURE):
+    """Return what the script says in the last frame: a list of lines for each client.
+
+    Lines that were wrapped are whole again. The status lines are no part of it.
+    """
+    root = ElementTree.parse(path)
+    # Each frame refers to its rows, as most of them are in many frames.
+    rows = {f"#{one.get('id')}": one for one in root.iterfind(".//{*}g[@id]")}
+    last = root.find(".//*[@id='screen_view']")[-1].iterfind("{*}use")
+    shown = ["".join(rows[one.get(HREF)].itertext()) for one in last]
+    text = "".join(row if len(row) == COLUMNS else row + "\n" for row in shown)
+    return {name: re.findall(rf"(?m)^{name}: (?!\d+ s to go).*", text) for name in ROWS}
+
+
+def main():
+    """Play the scene, film it, and write the picture."""
+    # Or the shells would ignore Ctrl-C, if we were started by a script's &.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with tempfile.TemporaryDirectory() as folder:
+        # At its usual port, etcd's URL is short. But another one may be there.
+        usual = not port_for.port_is_used(2379)
+        etcd = Etcd(pathlib.Path(folder), 2379 if usual else None).start()
+        try:
+            port = "" if usual else f":{etcd.port}"
+            film = Film(f"etcd3+http://localhost{port}?timeout=5")
+            film.wait(1)
+            play(film.start, film.wait)
+            film.wait(1)
+        finally:
+            etcd.kill()
+    film.write(PICTURE)
+
+
+if __name__ == "__main__":
+    main()
