@@ -27,6 +27,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPT = ROOT / "tooz_join_group.py"
+README = (ROOT / "README.md").read_text()
 # Seconds to wait for what must come. Machines are slow, and no test is about speed.
 LIMIT = 60
 CLOCK = r"\d\d:\d\d:\d\d"
@@ -47,14 +48,20 @@ for name in [*os.environ]:
 
 # Each worker of pytest-xdist takes its ports from a range of its own, and each port once.
 WORKER = int(re.sub(r"\D", "", os.environ.get("PYTEST_XDIST_WORKER", "")) or 30)
-PORTS = set(range(20000 + 300 * WORKER, 20300 + 300 * WORKER))
+PORTS = iter(range(20000 + 300 * WORKER, 20300 + 300 * WORKER))
 
 
 def free_port():
     """Return a port that nobody listens on."""
-    port = port_for.select_random(PORTS)
-    PORTS.remove(port)
-    return port
+    return next(port for port in PORTS if not port_for.port_is_used(port))
+
+
+def table(heading, number=0):
+    """Return the rows of the README's table that begins so, as lists of cells."""
+    start = re.escape(f"| {heading} |")
+    rows = re.findall(rf"(?m)^{start}.*\n\|[- |]+\n((?:\|.*\n)+)", README)[number]
+    split = [re.split(r" *(?<!\\)\| *", row)[1:-1] for row in rows.splitlines()]
+    return [[cell.replace(r"\|", "|") for cell in row] for row in split]
 
 
 def wait_until(it_is_so):
@@ -146,10 +153,9 @@ def programs():
 
 
 @pytest.fixture
-def group(request):
+def group():
     """A group of the test's own."""
-    name = re.sub(r"[^A-Za-z0-9]+", "-", request.node.name).strip("-")
-    return f"{name[:60]}.{time.time_ns() % 10**9}"
+    return f"group{time.time_ns()}"
 
 
 @pytest.fixture
@@ -160,6 +166,18 @@ def start(programs, group):
         return programs(*under, *command(name, group, *arguments), **options)
 
     return client
+
+
+@pytest.fixture
+def member(start):
+    """Start the script with member(name, url, …), and wait until it is a member."""
+
+    def member(name, *arguments, **options):
+        one = start(name, *arguments, **options)
+        one.sees("4. members: .*\n")
+        return one
+
+    return member
 
 
 # --- Servers ---
