@@ -56,12 +56,12 @@ def free_port():
     return next(port for port in PORTS if not port_for.port_is_used(port))
 
 
-def table(heading, number=0):
-    """Return the rows of the README's table that begins so, as lists of cells."""
+def table(heading):
+    """Return the rows of the README's tables that begin so, as lists of cells."""
     start = re.escape(f"| {heading} |")
-    rows = re.findall(rf"(?m)^{start}.*\n\|[- |]+\n((?:\|.*\n)+)", README)[number]
-    split = [re.split(r" *(?<!\\)\| *", row)[1:-1] for row in rows.splitlines()]
-    return [[cell.replace(r"\|", "|") for cell in row] for row in split]
+    tables = re.findall(rf"(?m)^{start}.*\n\|[- |]+\n((?:\|.*\n)+)", README)
+    rows = [re.split(r" *(?<!\\)\| *", row) for row in "".join(tables).splitlines()]
+    return [[cell.replace(r"\|", "|") for cell in row[1:-1]] for row in rows]
 
 
 def wait_until(it_is_so):
@@ -111,11 +111,8 @@ class Program(pexpect.fdpexpect.fdspawn):
     def sees(self, *patterns):
         """Wait until the patterns appear in the output, one after the other."""
         for pattern in patterns:
-            try:
-                self.expect(pattern)
-            except (pexpect.TIMEOUT, pexpect.EOF) as error:
-                what = f"{pattern!r} did not come ({type(error).__name__})"
-                pytest.fail(f"{what}:\n{self.transcript}")
+            which = self.expect([pattern, pexpect.EOF, pexpect.TIMEOUT])
+            assert which == 0, f"{pattern!r} did not come:\n{self.transcript}"
 
     @property
     def transcript(self):

@@ -7,20 +7,14 @@ import sys
 import time
 
 import pytest
-from conftest import CLOCK, LIMIT, SCRIPT, Line, on, run, table, wait_until
+from conftest import BACKENDS, CLOCK, LIMIT, SCRIPT, Line, on, run, table, wait_until
 
 # What is tried where: the README's tables. A cell is tried, unless it begins with a dash.
-# (In the first of them, a cluster of three is one with etcd.)
-FAULTS = {
-    row: {
-        "etcd": etcd,
-        "cluster": cluster[0] if cluster else etcd,
-        "memcached": memcached,
-        "file": files,
-    }
-    for number in (0, 1)
-    for row, etcd, *cluster, memcached, files in table("what happens", number)
-}
+# (In the first table, a cluster of three is one with etcd.)
+FAULTS = {}
+for row, etcd, *cluster, memcached, files in table("what happens"):
+    cells = etcd, (cluster or [etcd])[0], memcached, files
+    FAULTS[row] = [name for name, cell in zip(BACKENDS, cells) if cell[0] != "—"]
 UNPROVEN = {*FAULTS}
 LEASE = 5  # Seconds: short enough to wait for, long enough for a busy machine.
 TROUBLE = "trouble with the backend: .*; trying again\r?\n"
@@ -29,8 +23,7 @@ TROUBLE = "trouble with the backend: .*; trying again\r?\n"
 def fault(row, own=False):
     """Mark a test as that of a row; with `own`, it torments its backend."""
     UNPROVEN.discard(row)
-    backends = [name for name, cell in FAULTS[row].items() if cell[0] != "—"]
-    return on(*backends, own=own)
+    return on(*FAULTS[row], own=own)
 
 
 def pair(start, url):
