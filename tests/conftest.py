@@ -72,9 +72,6 @@ def wait_until(it_is_so):
         time.sleep(0.02)
 
 
-# --- Clients ---
-
-
 def command(*arguments):
     """Return the command line of the script, as a list."""
     return [sys.executable, str(SCRIPT), *map(str, arguments)]
@@ -177,13 +174,10 @@ def member(start):
     return member
 
 
-# --- Servers ---
-
-
 class Server:
     """A backend: its URL and, where there are any, its processes to torment."""
 
-    executors = ()
+    executors, folder = (), ""
 
     def __init__(self, base):
         self.base = base
@@ -217,6 +211,12 @@ class Server:
     def kill(self):
         for executor in self.executors:
             executor.kill()
+
+    def forget(self):
+        """Come back empty."""
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.start()
 
     def pause(self):
         for executor in self.executors:
@@ -260,12 +260,6 @@ class Etcd(Server):
         words = ["etcdctl", "--endpoints", self.addresses, *words]
         return subprocess.check_output(words, text=True)
 
-    def forget(self):
-        """Come back empty."""
-        self.kill()
-        shutil.rmtree(self.folder)
-        self.start()
-
     def wipe(self):
         """Throw all members out: revoke their leases."""
         for lease in re.findall(r"(?m)^[0-9a-f]{8,}$", self.ctl("lease", "list")):
@@ -303,10 +297,6 @@ class Memcached(Server):
         words = f"memcached -u nobody -l 127.0.0.1 -p {self.port}".split()
         self.add(words, self.port)
 
-    def forget(self):
-        self.kill()
-        self.start()
-
     def wipe(self):
         with socket.create_connection(("127.0.0.1", self.port)) as line:
             line.sendall(b"flush_all\r\n")
@@ -338,8 +328,7 @@ def servers(request, tmp_path):
     """Return a function from a backend's name to one that runs.
 
     etcd and the cluster are slow to start: all tests share one of each, but those that
-    torment theirs. memcached is never shared: there, a client that stops takes its
-    namesakes in all groups with it, until their next heartbeat.
+    torment theirs. memcached is not shared: there, a name is one for all groups.
     """
 
     def server(name):

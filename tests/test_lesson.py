@@ -59,9 +59,6 @@ def test_default_url(servers, group, tmp_path, request, monkeypatch):
     assert done.returncode == 0
 
 
-# --- In a terminal ---
-
-
 def screen(text, columns=80):
     """Return what a terminal shows after that output, without empty lines."""
     terminal = pyte.Screen(columns, 300)
@@ -83,14 +80,9 @@ def test_terminal(backend, group, start):
     a.send("\x03")
     a.sees("leaving")
     a.ends(130)
-    assert re.fullmatch(
-        rf"""A: 4\. members: A
-A: {CLOCK} B joined, members: A, B
-A: {CLOCK} B gone, members: A
-(\^C)?A: 5\. interrupted
-A: 6\. left {group} and stopped""",
-        "\n".join(screen(a.transcript)[-5:]),
-    )
+    shown = screen(a.transcript)
+    assert not re.search("to go|leaving|asking", "".join(shown))
+    assert shown[-1] == f"A: 6. left {group} and stopped"
 
 
 @pytest.mark.parametrize("columns", [8, 20, 44])
@@ -142,8 +134,7 @@ def test_names_of_others(backend, group, start, member, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     a = member("A", backend.url())
     for name, shown in (
-        ("bob", "bob"),
-        ("café".encode(), "caf."),
+        ("café", "caf."),
         (b"x\x1b[31m\ny", "x.{1,2}31m.y"),
         (b"\xff", "."),
     ):
@@ -155,9 +146,6 @@ def test_names_of_others(backend, group, start, member, monkeypatch):
         a.sees(f"A: {CLOCK} {shown} gone, members: A\n")
         other.stop()
     assert "\x1b" not in a.transcript
-
-
-# --- Failing to start ---
 
 
 NAME = "(?i)name|resolution|known"
@@ -301,12 +289,9 @@ def test_missing_packages(tmp_path, monkeypatch):
 
 def test_inline_metadata():
     """`uv run` reads the script's own list of packages: the same as requirements.txt."""
-    block = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", SCRIPT.read_text())
-    lines = [line[2:] for line in block.group(1).splitlines()]
-    metadata = dict(line.split(" = ") for line in lines)
     required = (ROOT / "requirements.txt").read_text().split()
-    assert json.loads(metadata["dependencies"]) == required
-    assert metadata["requires-python"] == '">=3.9"'
+    assert f"# dependencies = {json.dumps(required)}\n# ///\n" in SCRIPT.read_text()
+    assert '# requires-python = ">=3.9"\n' in SCRIPT.read_text()
     assert len(required) == 3
 
 

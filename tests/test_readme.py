@@ -70,9 +70,6 @@ def client(name, more=""):
     return block(f".venv/bin/python tooz_join_group.py {name} group1{more}")[0]
 
 
-# --- What the README shows, is run ---
-
-
 def test_try_it_now(tmp_path, programs):
     """The first lines, in a folder with nothing but what git has."""
     command, output = block("python3 -m venv")
@@ -244,9 +241,6 @@ def test_help(monkeypatch):
         done.stdout.replace("optional arguments:", "options:") == output
     )  # Python 3.9
     assert done.returncode == 0
-
-
-# --- What the README says, is looked up ---
 
 
 def test_every_command_is_run():
