@@ -52,7 +52,7 @@ NOT_A_MEMBER = coordination.MemberNotJoined, coordination.GroupNotCreated
 
 
 def join_and_watch(url, client, group, wait, screen):
-    """Take the six steps. Return the exit status: 0; 128 + n after signal n; or 1.
+    """Take the six steps. Return 0, or 128 + n after signal n, or 1 if we cannot leave.
 
     `wait` is in seconds. Raises what Tooz and its driver raise in steps 1 to 4.
     """
