@@ -23,12 +23,12 @@ from conftest import ROOT, SCRIPT, Etcd, wait_until
 
 PICTURE = pathlib.Path(__file__).with_suffix(".svg")
 COLUMNS = 44  # So that it can be read on a telephone, too.
-ROWS = {"A": 13, "B": 11, "C": 8}  # Just enough: nothing scrolls away.
+ROWS = {"A": 14, "B": 12, "C": 8}  # Just enough: nothing scrolls away.
 SHUTTER = 200  # ms from frame to frame, at least.
 PAUSE = 5000  # ms for the last frame, before all begins again.
 DEEDS = {
-    signal.SIGKILL: "kill -9 {}: its lease must run out",
-    signal.SIGINT: "Ctrl-C in {}: it says goodbye",
+    signal.SIGKILL: "kill -9: its lease must run out",
+    signal.SIGINT: "Ctrl-C: it says that it leaves",
 }
 # The renderer puts the frames into a template. Its cells are 8 x 17.
 SIZE = COLUMNS, len(ROWS) + sum(ROWS.values())
@@ -101,18 +101,18 @@ class Shell(pexpect.spawn):
             env={**os.environ, **plain, "TOOZ_BACKEND_URL": url},
         )
         self.name, self.film, self.transcript = name, film, ""
-        self.title = f"terminal {name}"
+        self.title = name
         self.screen = pyte.Screen(COLUMNS, ROWS[name])
         self.stream = pyte.Stream(self.screen)
 
     def join(self, *options):
         """Type the command line of the script."""
-        self.say(f"{self.name} comes")
+        self.say("comes")
         self.sendline(" ".join(["python", SCRIPT.name, self.name, "g1", *options]))
 
     def hit(self, number):
         """Press Ctrl-C, or send another signal to the script."""
-        self.say(DEEDS[number].format(self.name))
+        self.say(DEEDS[number])
         if number == signal.SIGINT:
             self.sendintr()
         else:
@@ -120,7 +120,8 @@ class Shell(pexpect.spawn):
 
     def say(self, deed):
         """Put it into the title, with the time."""
-        self.title, self.film.newest = f"{time.strftime('%H:%M:%S')} {deed}", self
+        self.title = f"{self.name}  {time.strftime('%H:%M:%S')} {deed}"
+        self.film.newest = self
 
     def sees(self, pattern):
         """Film until the output has the pattern."""
