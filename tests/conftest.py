@@ -237,7 +237,9 @@ class Line(Server):
         super().__init__(server.base.replace(f":{server.port}", f":{port}"))
         words = ["etcd", "gateway", "start", "--endpoints", server.addresses]
         words += ["--listen-addr", self.addresses, "--retry-delay", "1s"]
-        self.add(words, port)
+        # A gateway takes connections before it has somebody to hand them to.
+        etcd = server.base.startswith("etcd")
+        self.add(words, f"http://127.0.0.1:{port}/health" if etcd else port)
 
 
 class Etcd(Server):
