@@ -39,7 +39,7 @@ SHOWN = 0.3  # seconds until a join or a leave shows, at most: the 95th percenti
 WAITING = {2: 1, 100: 5, 400: 5}
 
 NAMES = ["etcd", "memcached", "file"]
-RUNS = 15  # script and shortest script, in alternation
+RUNS = 40  # script and shortest script, in alternation: fewer are too noisy
 CHANGES = 40  # joins and leaves, each looked for on another terminal
 CRASHES = 8
 ROUNDS = 30  # of six clients under one name

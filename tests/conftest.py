@@ -237,9 +237,8 @@ class Line(Server):
         super().__init__(server.base.replace(f":{server.port}", f":{port}"))
         words = ["etcd", "gateway", "start", "--endpoints", server.addresses]
         words += ["--listen-addr", self.addresses, "--retry-delay", "1s"]
-        # A gateway takes connections before it has somebody to hand them to.
-        etcd = server.base.startswith("etcd")
-        self.add(words, f"http://127.0.0.1:{port}/health" if etcd else port)
+        health = f"http://{self.addresses}/health"
+        self.add(words, health if "etcd" in self.base else port)
 
 
 class Etcd(Server):
