@@ -275,7 +275,7 @@ def reason(error):
     texts = re.findall(r'"(?:error|message)": ?"([^"]+)"', " ".join(said))
     texts += ["no answer" for name in names if re.search("(?i)timed?out", name)]
     texts += [str(one) for one in reversed(chain) if isinstance(one, OSError)]
-    texts += [*said, names[-1]]
+    texts += [*said, re.sub("(?!^)(?=[A-Z])", " ", names[-1]).lower()]
     words = next(text for text in texts if text and not text.startswith("<"))
     words = re.sub(r"^\[.*?\] ?| ?\(_ssl\.c.*", "", words)  # "[Errno 111] " and such
     return "".join(one for one in words[:300] if one.isprintable())
