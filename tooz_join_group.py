@@ -136,16 +136,18 @@ def watch(coordinator, me, group_id, members, lease, screen):
         # On memcached and files, a look asks for each member. So in a crowd we look
         # less often: twice a second among 400.
         time.sleep(max(LOOK_EVERY, len(members) / 800))
+        # A round that outlasts the lease is a sleep. (time.monotonic() may stop then.)
+        slept = slept or time.time() - last_round > (lease.seconds or 60)
+        last_round = time.time()
         try:
             if look is None:
                 look, asked = coordinator.get_members(group_id), time.monotonic()
             seen, look = members_in(look), None
             # We may have been thrown out. Or we slept: then the others may have seen us
             # go, even if a late beat has brought us back since, as it does on files.
-            slept = slept or time.time() - last_round > (lease.seconds or 60)
             if me not in seen or slept:
                 members, lease = join_again(coordinator, group_id, lease, screen)
-                seen, slept = members, False  # All are shown: no differences this time.
+                seen, slept, last_round = members, False, time.time()
             lease.note_answer()
             told = False
             # A group is a set: who is new and who is missing are two differences. We
@@ -164,7 +166,6 @@ def watch(coordinator, me, group_id, members, lease, screen):
             if not told and (look is None or time.monotonic() - asked > 5):
                 screen.warn(f"trouble with the backend: {reason(error)}; trying again")
                 told = True
-        last_round = time.time()  # time.monotonic() may stop while a laptop sleeps.
 
 
 def members_in(look):
