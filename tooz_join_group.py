@@ -147,6 +147,7 @@ def watch(coordinator, me, group_id, members, lease, screen):
             # go, even if a late beat has brought us back since, as it does on files.
             if me not in seen or slept:
                 members, lease = join_again(coordinator, group_id, lease, screen)
+                # All are shown: there are no differences this time.
                 seen, slept, last_round = members, False, time.time()
             lease.note_answer()
             told = False
