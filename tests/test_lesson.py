@@ -22,11 +22,8 @@ def test_six_steps(backend, group):
 
     With the longest names that one may have, and with the shortest lease.
     """
-    name, group, url = (
-        "Az09._-" + "c" * 93,
-        group.ljust(100, "g"),
-        backend.url(timeout=1),
-    )
+    name, group = "Az09._-" + "c" * 93, group.ljust(100, "g")
+    url = backend.url(timeout=1)
     done = run(name, group, url, "--wait", "2")
     assert done.stdout.splitlines() == [
         f"{name}: 1. started a coordinator on {url}",

@@ -20,6 +20,8 @@ BLOCKS = [
     (kind, textwrap.dedent(text))
     for _, kind, text in re.findall(r"(?ms)^( *)```(\w+)\n(.*?)^\1```$", README)
 ]
+# Nobody reads a server's log, and a terminal that is full would stop it.
+QUIET = "exec >/dev/null 2>&1\n"
 DEFAULT_PORTS = pytest.mark.xdist_group("the default port of etcd")
 
 
@@ -124,7 +126,7 @@ def test_lesson_in_20_lines(backend, group, programs, tmp_path):
 def test_etcd(shell):
     """With etcd: look at the keys, then break it."""
     command, _ = block("etcd --data-dir")
-    etcd = None if answers(2379) else shell(command)
+    etcd = None if answers(2379) else shell(QUIET, command)
     wait_until(lambda: answers(2379))
     a = shell(client("clientA", " --wait 600"))
     a.sees("4. members: clientA\r\n", "lease .#")
@@ -143,7 +145,7 @@ def test_etcd(shell):
     a.sees(*["clientC joined", "clientC gone"] * 2)
     b.sees("clientC: 3. joined again", "clientC: 6. left")
 
-    gateway = shell(block("etcd gateway start --endpoints")[0])
+    gateway = shell(QUIET, block("etcd gateway start --endpoints")[0])
     wait_until(lambda: answers(23790))
     b = shell(client("clientB", " 'etcd3+http://127.0.0.1:23790"))
     a.sees("clientB joined")
@@ -173,7 +175,7 @@ def test_etcd(shell):
 def test_memcached(shell):
     """With memcached: look at the keys, then restart it."""
     command, _ = block("memcached -u memcache\n")
-    memcached = None if answers(11211) else shell(command)
+    memcached = None if answers(11211) else shell(QUIET, command)
     wait_until(lambda: answers(11211))
     a = shell(client("clientA", " memcached:"))
     a.sees("4. members: clientA\r\n")
@@ -197,10 +199,10 @@ def test_memcached(shell):
 
 def test_cluster(shell):
     """The commands of the cluster; the leader ends."""
-    nodes = [shell(block(f"etcd --name n{number}")[0]) for number in (1, 2, 3)]
+    nodes = [shell(QUIET, block(f"etcd --name n{one}")[0]) for one in (1, 2, 3)]
     for port in 12379, 22379, 32379:
         wait_until(lambda port=port: answers(port))
-    shell(block("etcd gateway start --listen-addr")[0])
+    shell(QUIET, block("etcd gateway start --listen-addr")[0])
     wait_until(lambda: answers(23791))
     a = shell(client("clientA", " 'etcd3+http://127.0.0.1:23791"))
     a.sees("4. members: clientA\r\n")
