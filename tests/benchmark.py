@@ -28,7 +28,7 @@ import urllib.request
 
 import pexpect
 import psutil
-from conftest import BACKENDS, LIMIT, ROOT, SCRIPT, Program, command
+from conftest import BACKENDS, LIMIT, README, SCRIPT, Program, command
 from tooz import coordination
 from tqdm import tqdm
 
@@ -53,7 +53,6 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM]
 STAY = ["--wait", "900"]
 
 # The README's "lesson in 20 lines" is the shortest script. It takes NAME GROUP URL SECONDS.
-README = (ROOT / "README.md").read_text()
 SHORTEST = re.search(r"```python\n(import sys\n.*?)```", README, re.DOTALL).group(1)
 # The number of the script's first line that no traceback may show.
 LOADED = SCRIPT.read_text().split("from tooz import")[0].count("\n") + 1
