@@ -72,6 +72,13 @@ def wait_until(it_is_so):
         time.sleep(0.02)
 
 
+def suspend(process):
+    """Stop a process and its children; return when it has stopped."""
+    os.killpg(process.pid, signal.SIGSTOP)
+    status = psutil.Process(process.pid).status
+    wait_until(lambda: status() == psutil.STATUS_STOPPED)
+
+
 def command(*arguments):
     """Return the command line of the script, as a list."""
     return [sys.executable, str(SCRIPT), *map(str, arguments)]
@@ -212,6 +219,10 @@ class Server:
         for executor in self.executors:
             executor.kill()
 
+    def lock(self):
+        """Return what no client holds meanwhile: suspended with it, one stops them all."""
+        return contextlib.nullcontext()
+
     def forget(self):
         """Come back empty."""
         self.kill()
@@ -220,9 +231,7 @@ class Server:
 
     def pause(self):
         for executor in self.executors:
-            os.killpg(executor.process.pid, signal.SIGSTOP)
-            status = psutil.Process(executor.process.pid).status
-            wait_until(lambda status=status: status() == psutil.STATUS_STOPPED)
+            suspend(executor.process)
 
     def resume(self):
         for executor in self.executors:
@@ -308,6 +317,9 @@ class Files(Server):
     def __init__(self, folder):
         self.folder = folder / "tooz"
         super().__init__(f"file://{self.folder}")
+
+    def lock(self):
+        return fasteners.InterProcessLock(self.folder / ".driver_lock")
 
     def wipe(self):
         for member in self.folder.glob("groups/*/*.raw"):

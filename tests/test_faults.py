@@ -7,7 +7,18 @@ import sys
 import time
 
 import pytest
-from conftest import BACKENDS, CLOCK, LIMIT, SCRIPT, Line, on, run, table, wait_until
+from conftest import (
+    BACKENDS,
+    CLOCK,
+    LIMIT,
+    SCRIPT,
+    Line,
+    on,
+    run,
+    suspend,
+    table,
+    wait_until,
+)
 
 # What is tried where: the README's tables. A cell is tried, unless it begins with a dash.
 # (In the first table, a cluster of three is one with etcd.)
@@ -109,7 +120,8 @@ def test_crash(backend, start):
 def test_suspended(backend, start):
     """Both sides see it: gone for the others, and back again."""
     a, b = pair(start, backend.url(timeout=LEASE))
-    b.hit(signal.SIGSTOP)
+    with backend.lock():
+        suspend(b.process)
     a.sees(f"{CLOCK} B gone, members: A\n")
     # B is gone one lease after its last heartbeat, which came before its sleep.
     time.sleep(LEASE / 2 + 1)
@@ -342,7 +354,7 @@ def test_second_ctrl_c_kills(backend, member):
 def test_signal_while_suspended(backend, member):
     """Resumed after its wait, with a signal on its way: it leaves, for either reason."""
     a = member("A", backend.url(timeout=5), "--wait", "3")
-    a.hit(signal.SIGSTOP)
+    suspend(a.process)
     a.hit(signal.SIGHUP)
     time.sleep(4)
     a.hit(signal.SIGCONT)
