@@ -25,21 +25,23 @@ not, and "Words", what goes in and what comes out. It is a companion to the less
 https://www.educative.io/courses/hackers-guide-scaling-python/creating-joining-and-leaving-groups
 """
 
+import signal
+
+# Until we hear signals, in step 1, Ctrl-C just ends us: no import shows a traceback.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import logging
 import os
 import re
 import select
-import signal
 import sys
 import time
 import urllib.parse
 import urllib.request
 
-# Until we hear signals, in step 1, Ctrl-C just ends us: with no traceback of an import.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 try:
     from tooz import coordination
 except ImportError as missing:

@@ -55,7 +55,7 @@ STAY = ["--wait", "900"]
 # The README's "lesson in 20 lines" is the shortest script. It takes NAME GROUP URL SECONDS.
 SHORTEST = re.search(r"```python\n(import sys\n.*?)```", README, re.DOTALL).group(1)
 # The number of the script's first line that no traceback may show.
-LOADED = SCRIPT.read_text().split("from tooz import")[0].count("\n") + 1
+LOADED = SCRIPT.read_text().split("import argparse\n")[0].count("\n") + 1
 # A cell of the table, and what is wrong with it: mostly nothing.
 Figure = collections.namedtuple("Figure", "text wrong", defaults=[""])
 
@@ -278,7 +278,7 @@ def complaint(one, number):
     if "5. interrupted" in text and "4. members" not in text.split("5. int")[0]:
         return "interrupted before it had waited"
     if "Traceback" in text:
-        # Python's own, with its own status, while it loads what comes before Tooz?
+        # Python's own, with its own status, before the script has taken Ctrl-C from it?
         lines = re.findall(rf'{SCRIPT.name}", line (\d+)', text)
         early = "KeyboardInterrupt" in text and "1. started" not in text
         fine = early and all(int(line) < LOADED for line in lines)
