@@ -38,6 +38,7 @@ import os
 import re
 import select
 import sys
+import threading
 import time
 import urllib.parse
 import urllib.request
@@ -60,12 +61,12 @@ def join_and_watch(url, client, group, wait, screen):
     """
     me, group_id = client.encode(), group.encode()  # Tooz takes names as bytes.
 
-    # 1. The coordinator is our line to the backend. Its heart, a thread, sends two
-    #    heartbeats in each lease: the time for which the backend keeps us even if it
-    #    hears nothing. One more by hand, as heartbeat() returns how long that is (s).
+    # 1. The coordinator is our line to the backend. Its heart, a thread, beats twice in
+    #    each lease: the time for which the backend keeps a member that is silent.
+    #    We beat once by hand, too: heartbeat() returns how many seconds that is.
     coordinator = coordination.get_coordinator(url, me)
     coordinator.start(start_heart=True)
-    hear_signals(end_the_wait)  # From here on, there may be something to leave.
+    hear_signals(end_the_wait)  # From here on, a signal leads to step 6.
     lease = Lease(coordinator.heartbeat(), coordinator.heart)
     screen.say(f"1. started a coordinator on {url}")
 
@@ -82,7 +83,7 @@ def join_and_watch(url, client, group, wait, screen):
         # 3. The backend lists us from here on, for as long as our heart beats.
         joining = coordinator.join_group(group_id)
         joining.get()
-        screen.say(f"3. joined {group}{lease.note}")
+        screen.say(f"3. joined {group} (lease: {lease.seconds:g} s)")
 
         # 4. The list is kept by the backend, not by the members: we ask for it.
         members = coordinator.get_members(group_id).get()
@@ -93,7 +94,7 @@ def join_and_watch(url, client, group, wait, screen):
         signal.setitimer(signal.ITIMER_REAL, wait or 1e-6)  # 0 would set no alarm.
         watch(coordinator, me, group_id, members, lease, screen)
     except coordination.MemberAlreadyExist:
-        coordinator.heart.stop()  # It would keep a dead owner of our name in the list.
+        coordinator.heart.stop()  # On memcached it would keep a dead owner listed.
         raise
     except SystemExit as end:  # The alarm, or a signal: see end_the_wait().
         status = end.code
@@ -131,28 +132,25 @@ def watch(coordinator, me, group_id, members, lease, screen):
     the same: run_watchers() in tooz/coordination.py calls get_members() and takes the
     two differences.)
     """
-    look, told, slept, last_round = None, False, False, time.time()
+    look, trouble_told = None, False
     while True:
         to_go = signal.getitimer(signal.ITIMER_REAL)[0]
-        screen.status(f"{to_go:.0f} s to go", f", {lease}" if lease.seconds else "")
+        screen.status(f"{to_go:.0f} s to go", f", {lease}")
         # On memcached and files, a look asks for each member. So in a crowd we look
         # less often: twice a second among 400.
         time.sleep(max(LOOK_EVERY, len(members) / 800))
-        # A round that outlasts the lease is a sleep. (time.monotonic() may stop then.)
-        slept = slept or time.time() - last_round > (lease.seconds or 60)
-        last_round = time.time()
         try:
             if look is None:
                 look, asked = coordinator.get_members(group_id), time.monotonic()
             seen, look = members_in(look), None
-            # We may have been thrown out. Or we slept: then the others may have seen us
-            # go, even if a late beat has brought us back since, as it does on files.
-            if me not in seen or slept:
-                members, lease = join_again(coordinator, group_id, lease, screen)
-                # All are shown: there are no differences this time.
-                seen, slept, last_round = members, False, time.time()
+            # We are not in the list. Or our lease ran out, while we slept or our line was
+            # cut: then the others may have seen us go, even if a late beat has brought
+            # us back, as it does on files. (So we note late beats only after this.)
+            if me not in seen or time.time() > lease.end:
+                members, lease = join_again(coordinator, group_id, screen)
+                seen = members  # All are shown: there are no differences this time.
             lease.note_answer()
-            told = False
+            trouble_told = False
             # A group is a set: who is new and who is missing are two differences. We
             # say "gone", as Tooz cannot tell a member that left from one that died.
             news = [(text_of(who), "joined") for who in seen - members]
@@ -166,9 +164,9 @@ def watch(coordinator, me, group_id, members, lease, screen):
             # that there is no answer, we say after 5 s.
             if look and look.done():
                 look = None
-            if not told and (look is None or time.monotonic() - asked > 5):
+            if not trouble_told and (look is None or time.monotonic() - asked > 5):
                 screen.warn(f"trouble with the backend: {reason(error)}; trying again")
-                told = True
+                trouble_told = True
 
 
 def members_in(look):
@@ -179,15 +177,17 @@ def members_in(look):
         return set()  # A group that is not there has no members.
 
 
-def join_again(coordinator, group_id, lease, screen):
-    """Become a member again; return the members, a set of bytes, and the new lease."""
-    if lease.seconds:
-        # The old lease is over. On etcd, a beat makes a new one. We beat by hand while
-        # the heart rests, or it might make another: then nobody would renew ours.
-        coordinator.heart.stop()
-        coordinator.heart.wait()
-        lease = Lease(coordinator.heartbeat(), coordinator.heart)
-        coordinator.heart.start()
+def join_again(coordinator, group_id, screen):
+    """Become a member again; return the members, a set of bytes, and the new lease.
+
+    Raises what Tooz and its driver raise. Then it is to be called again.
+    """
+    # If the old lease is over, on etcd, a beat makes a new one. We beat by hand while
+    # the heart rests, or it might make another: then nobody would renew ours.
+    coordinator.heart.stop()
+    coordinator.heart.wait()
+    lease = Lease(coordinator.heartbeat(), coordinator.heart)
+    coordinator.heart.start()
     try:
         # Tooz's own call for steps 2 and 3 in one, as the group may be gone, too. It
         # returns no future, but waits by itself.
@@ -207,6 +207,9 @@ def end_the_wait(number, _):
     """
     hear_signals(end_at_once)
     signal.setitimer(signal.ITIMER_REAL, LEAVING)
+    # We may have come in the middle of a call of Tooz: then its worker thread does all
+    # that is left to do, but ends with an error. That would show as a traceback.
+    threading.excepthook = lambda _: None
     sys.exit(0 if number == signal.SIGALRM else 128 + number)
 
 
@@ -245,8 +248,7 @@ def wait_for_our_name(url, client, group, screen):
     # own name missing. "sync" spares us threads: the call itself does the work.
     scout = coordination.get_coordinator(url, f"{client}?".encode(), executor="sync")
     scout.start()
-    # Backends are a little late in forgetting. Drivers without heartbeats return None.
-    enough = (scout.heartbeat() or 30) + 2
+    enough = scout.heartbeat() + 2  # Backends are a little late in forgetting.
     screen.warn(f"{client} is taken. Is its owner alive? Looking for {enough:g} s")
     limit = time.monotonic() + enough
     while me in members_in(scout.get_members(group_id)):
@@ -259,7 +261,7 @@ def wait_for_our_name(url, client, group, screen):
     scout.stop()
     # The file driver hides a member whose lease is over, and still refuses its name.
     # Leaving under that name frees it. (Elsewhere that could only hit who has it now.)
-    if url.startswith("file:"):
+    if urllib.parse.urlsplit(url).scheme == "file":
         namesake = coordination.get_coordinator(url, me, executor="sync")
         namesake.start()
         with contextlib.suppress(*NOT_A_MEMBER):
@@ -348,19 +350,19 @@ def check_url(url):
             raise ValueError("the port is not a number from 1 to 65535")
     for name, value in urllib.parse.parse_qsl(parts.query):
         # With a lease of 0, memcached never forgets, and the heart never rests.
-        if name.endswith("timeout") and not re.fullmatch(r"[1-9]\d{0,5}", value):
+        good = re.fullmatch(r"[1-9]\d{0,5}", value)
+        if re.fullmatch("((membership|lock|leader)_)?timeout", name) and not good:
             raise ValueError(f"{name}= takes a whole number of seconds, 1 to 999999")
 
 
 def advice(url, error):
     """Return what to do about an error that kept us from joining."""
-    scheme = url.partition("://")[0]
     if isinstance(error, ImportError):
         return "pip install -r requirements.txt, or 'tooz[redis]', 'tooz[zookeeper]'"
     if isinstance(error, ValueError) and not isinstance(error, OSError):
         return EXAMPLES  # A mistake in the URL. Errors of the network can be both.
-    host = urllib.parse.urlsplit(url).hostname or "localhost"
-    proxies = urllib.request.getproxies()
+    parts, proxies = urllib.parse.urlsplit(url), urllib.request.getproxies()
+    scheme, host = parts.scheme, parts.hostname or "localhost"
     proxy = proxies.get(scheme.replace("etcd3+", "")) or proxies.get("all")
     if scheme.startswith("etcd3+") and proxy and not urllib.request.proxy_bypass(host):
         return f"We asked through the proxy {proxy}. To go without: NO_PROXY={host}"
@@ -382,13 +384,12 @@ class Lease:
     """How long the backend keeps us if we are silent, and what is left of that.
 
     `seconds` is what heartbeat() returned: "the number of seconds to wait before
-    sending a new heartbeat", says Tooz. With etcd, memcached, redis and files that is
-    the lease. Drivers without heartbeats, such as ZooKeeper's, return None.
+    sending a new heartbeat", says Tooz. For its drivers that is the lease, or another
+    timeout of the URL, if that is shorter. Drivers that have no groups return None.
     """
 
     def __init__(self, seconds, heart):
-        self.seconds, self.heart, self.beats = seconds, heart, None
-        self.note = f" (lease: {seconds:g} s)" if seconds else ""
+        self.seconds, self.heart, self.beats = seconds or 0, heart, None
         self.note_answer()
 
     def note_answer(self):
@@ -397,7 +398,7 @@ class Lease:
         A beat alone proves nothing: memcached's are sent without asking for an answer.
         """
         if self.heart.beats != self.beats:
-            self.beats, self.end = self.heart.beats, time.time() + (self.seconds or 0)
+            self.beats, self.end = self.heart.beats, time.time() + self.seconds
 
     def __str__(self):
         """Return what is left as a bar, for the status line."""

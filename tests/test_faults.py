@@ -180,7 +180,7 @@ def test_name_of_the_dead(backend, start):
     url = backend.url(timeout=LEASE)
     a, b = pair(start, url)
     b.hit(signal.SIGKILL)
-    b = start("B", url)
+    b = start("B", url.replace("file:", "FILE:"))  # To a URL that is the same.
     b.sees("B is taken", "1. started", "2. found", "3. joined", "4. members: A, B\n")
     all_is_well(start, url, a, b)
 
@@ -390,6 +390,29 @@ def test_two_signals_in_a_row(backend, start, member):
         b.sees("B: 6. left")
         a.sees("B gone")
         b.ends(128 + first, 128 + second)
+
+
+# A signal in Python's own queue, between the putting of an item and the counting of it.
+AIMED = """
+import os, queue, signal
+put, items = queue.Queue._put, []
+def _put(self, item):
+    put(self, item)
+    items.append(item)
+    if len(items) == 6:
+        os.kill(os.getpid(), signal.SIGTERM)
+queue.Queue._put = _put
+"""
+
+
+@on("file")
+def test_signal_in_a_call_of_tooz(backend, start, tmp_path, monkeypatch):
+    """Its worker thread fails then: a look is done that was not counted. We still leave."""
+    (tmp_path / "sitecustomize.py").write_text(AIMED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    a = start("A", backend.url())
+    a.sees("4. members: A\n", "5. interrupted\n", "6. left")
+    a.ends(143)
 
 
 @on("file")

@@ -169,6 +169,7 @@ EXAMPLE = "Examples: etcd3+http://localhost, memcached://127.0.0.1"
         ("etcd4://localhost", "No .* driver found, looking for 'etcd4'", EXAMPLE),
         ("localhost", "No .* driver found", EXAMPLE),
         ("zookeeper://h1:2181,h2:2181", "'kazoo'", "'tooz[zookeeper]'"),
+        ("redis://localhost?socket_timeout=0.5", "'redis'", "'tooz[redis]'"),
         ("etcd3+http://localhost:abc", PORT, EXAMPLE),
         ("etcd3+http://localhost:0", PORT, EXAMPLE),
         ("memcached://localhost:99999", "(?i)port", EXAMPLE),
