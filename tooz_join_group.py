@@ -147,8 +147,7 @@ def watch(coordinator, me, group_id, members, lease, screen):
             # cut: then the others may have seen us go, even if a late beat has brought
             # us back, as it does on files. (So we note late beats only after this.)
             if me not in seen or time.time() > lease.end:
-                members, lease = join_again(coordinator, group_id, screen)
-                seen = members  # All are shown: there are no differences this time.
+                seen, lease = join_again(coordinator, group_id, screen)
             lease.note_answer()
             trouble_told = False
             # A group is a set: who is new and who is missing are two differences. We
