@@ -66,7 +66,7 @@ def join_and_watch(url, client, group, wait, screen):
     #    We beat once by hand, too: heartbeat() returns how many seconds that is.
     coordinator = coordination.get_coordinator(url, me)
     coordinator.start(start_heart=True)
-    hear_signals(end_the_wait)  # From here on, a signal leads to step 6.
+    hear_signals(end_the_wait)  # A member that just died of Ctrl-C would stay listed.
     lease = Lease(coordinator.heartbeat(), coordinator.heart)
     screen.say(f"1. started a coordinator on {url}")
 
@@ -179,7 +179,7 @@ def members_in(look):
 def join_again(coordinator, group_id, screen):
     """Become a member again; return the members, a set of bytes, and the new lease.
 
-    Raises what Tooz and its driver raise. Then it is to be called again.
+    Raises what Tooz and its driver raise; watch() calls it again, then.
     """
     # If the old lease is over, on etcd, a beat makes a new one. We beat by hand while
     # the heart rests, or it might make another: then nobody would renew ours.
@@ -206,8 +206,8 @@ def end_the_wait(number, _):
     """
     hear_signals(end_at_once)
     signal.setitimer(signal.ITIMER_REAL, LEAVING)
-    # We may have come in the middle of a call of Tooz: then its worker thread does all
-    # that is left to do, but ends with an error. That would show as a traceback.
+    # This may hit the middle of a call of Tooz. Its thread still does all that is to do
+    # then, but ends with an error: that would be a traceback.
     threading.excepthook = lambda _: None
     sys.exit(0 if number == signal.SIGALRM else 128 + number)
 
