@@ -34,6 +34,7 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 import argparse
 import contextlib
 import logging
+import math
 import os
 import re
 import select
@@ -401,9 +402,9 @@ class Lease:
 
     def __str__(self):
         """Return what is left as a bar, for the status line."""
-        left = max(0, self.end - time.time())
+        left = max(0, math.ceil(self.end - time.time()))
         bar = "#" * round(10 * left / self.seconds)
-        return f"lease [{bar:.<10}] {f'{left:.0f} s' if left else 'is over'}"
+        return f"lease [{bar:.<10}] {f'{left} s' if left else 'is over'}"
 
 
 class Screen:

@@ -52,7 +52,7 @@ JOINING = 0.006  # seconds after their first line: then they are just joining
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 STAY = ["--wait", "900"]
 
-# The README's "lesson in 20 lines" is the shortest script. It takes NAME GROUP URL SECONDS.
+# The README's bare lesson is the shortest script. It takes NAME GROUP URL SECONDS.
 SHORTEST = re.search(r"```python\n(import sys\n.*?)```", README, re.DOTALL).group(1)
 # The number of the script's first line that no traceback may show.
 LOADED = SCRIPT.read_text().split("import argparse\n")[0].count("\n") + 1

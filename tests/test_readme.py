@@ -103,13 +103,21 @@ def test_two_terminals(shell):
 
 
 @on("file", "etcd")
-def test_lesson_in_20_lines(backend, group, programs, tmp_path):
+def test_bare_lesson(backend, group, programs, tmp_path):
     """It runs as it stands, and does what the script does."""
-    lesson = tmp_path / "lesson.py"
-    lesson.write_text(block("import sys\n")[0])
-    a = programs(sys.executable, str(lesson), "A", group, backend.url(), "60")
+    text, _ = block("import sys\n")
+    assert f"in {sum(map(bool, text.splitlines()))} lines" in README
+    (tmp_path / "lesson.py").write_text(text)
+
+    def lesson(name, seconds):
+        command, _ = block(".venv/bin/python lesson.py A group1 file:///tmp/tooz 20")
+        words = sys.executable, "lesson.py", name, group, backend.url(), seconds
+        assert len(words) == len(command.split())
+        return programs(*words, cwd=tmp_path)
+
+    a = lesson("A", "60")
     a.sees("members: {b'A'}\n")
-    b = programs(sys.executable, str(lesson), "B", group, backend.url(), "0")
+    b = lesson("B", "0")
     b.sees("members: {b'(A', b'B|B', b'A)'}\n")
     b.ends(0)
     done = run("C", group, backend.url(), "--wait", "0")
