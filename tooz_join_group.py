@@ -152,9 +152,10 @@ def watch(coordinator, me, group_id, members, lease, screen):
             lease.note_answer()
             trouble_told = False
             # A group is a set: who is new and who is missing are two differences. We
-            # say "gone", as Tooz cannot tell a member that left from one that died.
-            news = [(text_of(who), "joined") for who in seen - members]
-            news += [(text_of(who), "gone") for who in members - seen]
+            # say "gone", as Tooz cannot tell a member that left from one that died. (Of
+            # ourselves, join_again() tells.)
+            news = [(text_of(who), "joined") for who in seen - members - {me}]
+            news += [(text_of(who), "gone") for who in members - seen - {me}]
             for who, what in sorted(news):
                 screen.say(f"{time.strftime('%H:%M:%S')} {who} {what}, {listing(seen)}")
             members = seen
@@ -185,7 +186,8 @@ def join_again(coordinator, group_id, screen):
     # If the old lease is over, on etcd, a beat makes a new one. We beat by hand while
     # the heart rests, or it might make another: then nobody would renew ours.
     coordinator.heart.stop()
-    coordinator.heart.wait()
+    if coordinator.heart.wait(2):  # Seconds. Then it hangs in the middle of a beat.
+        raise coordination.OperationTimedOut("no answer to a heartbeat")
     lease = Lease(coordinator.heartbeat(), coordinator.heart)
     coordinator.heart.start()
     try:
@@ -398,6 +400,7 @@ class Lease:
         A beat alone proves nothing: memcached's are sent without asking for an answer.
         """
         if self.heart.beats != self.beats:
+            # Not time.monotonic(): while a laptop sleeps, that may stand still.
             self.beats, self.end = self.heart.beats, time.time() + self.seconds
 
     def __str__(self):
