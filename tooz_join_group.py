@@ -19,17 +19,17 @@ The lesson is the first function, join_and_watch(). It takes these steps:
     5. wait, and show who comes and goes
     6. leave it and stop
 
-Backends matter, as they keep the list of members. A Tooz URL chooses one:
+Backends matter: they keep the list of members. A Tooz URL names one:
 
-    etcd3+http://localhost       For groups that matter. etcd itself drops a member whose
+    etcd3+http://localhost       For groups that matter: etcd itself drops a member whose
                                  heartbeats have stopped, and keeps its data on disk.
-    memcached://127.0.0.1:11211  If you run it anyway. The members drop one another, and
+    memcached://127.0.0.1:11211  If you run it already: the members drop one another, and
                                  a restart of memcached forgets all groups.
-    file:///tmp/tooz             To learn and to test, on one host, without a server.
-                                 Each member skips those whose heartbeats are too old.
+    file:///tmp/tooz             To learn and to test, on one host, without a server:
+                                 each member skips those whose heartbeats have stopped.
 
-The lease is the time for which a member stays one without a heartbeat. ?timeout=5 after
-the URL makes it 5 seconds. The default URL is $TOOZ_BACKEND_URL, or etcd's as above.
+The default is $TOOZ_BACKEND_URL, or etcd's as above. The lease is how long a member stays
+listed after its last heartbeat: 30 seconds, 10 on files; ?timeout=5 in the URL makes it 5.
 Exit status: 0 done, 1 could not do it, 2 wrong arguments, 128+n ended by signal n.
 
 It goes with the lesson "Creating, Joining and Leaving Groups" of The Hacker's Guide to
@@ -38,7 +38,7 @@ Scaling Python: https://www.educative.io/courses/hackers-guide-scaling-python
 
 import signal
 
-# Until step 3 Ctrl-C just ends us, even during the imports below, with no traceback.
+# Until step 3 Ctrl-C ends us at once, even during the imports, without a traceback.
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -56,8 +56,10 @@ try:
 except ImportError as missing:
     sys.exit(f"{missing}. Try .venv/bin/python, or: pip install -r requirements.txt")
 
-POLL_EVERY = 0.27  # Seconds between two polls: a change shows within 0.3 s.
-TIMEOUT = 5  # Seconds. A backend that does not answer a poll in that time is out.
+POLL_EVERY = 0.25  # Seconds between two polls: who joins or leaves shows within 0.3 s.
+TIMEOUT = (
+    5  # Seconds. A backend that does not answer a poll in that time counts as down.
+)
 NOT_A_MEMBER = coordination.MemberNotJoined, coordination.GroupNotCreated
 URL_TIMEOUTS = "timeout", "membership_timeout", "lock_timeout", "leader_timeout"
 
@@ -67,7 +69,7 @@ def join_and_watch(args, screen):
 
     `args` has our url, client, group, and wait, in seconds. The status is 0, or 128 + n
     after signal n, or 1 if we could not leave. Raises what Tooz and its driver raise in
-    steps 1 to 4: MemberAlreadyExist, for one, if another client has our name.
+    steps 1 to 4: MemberAlreadyExist, for one, if our name is in the list already.
     """
     # 1. The coordinator is our connection to the backend. Its heart, a thread, sends two
     #    heartbeats per lease; a member that sends none for a whole lease is dropped.
@@ -87,18 +89,19 @@ def join_and_watch(args, screen):
     except coordination.GroupAlreadyExist:
         screen.say(f"2. {args.group} exists already")
 
-    # A member that just died of Ctrl-C would stay listed until its lease expires. So from
-    # here on signals are only collected: they end step 5, and we leave in step 6.
+    # A member killed by Ctrl-C would stay listed until its lease expires. So from here on
+    # signals are only collected: they end step 5, and we leave in step 6. As they have to
+    # wait for each call meanwhile, no get() waits for more than 10 seconds.
     with caught_signals() as signals:
         # 3. From now on the backend lists us, for as long as our heart beats.
         try:
-            coordinator.join_group(group_id).get(10)  # Seconds, then it raises.
+            coordinator.join_group(group_id).get(10)
         except coordination.MemberAlreadyExist:
-            coordinator.heart.stop()  # It speaks for that name, which is not ours.
+            coordinator.heart.stop()  # Or, on memcached, it keeps a crashed client listed.
             raise
         screen.say(f"3. joined {args.group} (lease: {lease:g} s)")
 
-        # 4. The backend keeps the list, not the members: so we ask for it.
+        # 4. The list lives in the backend, so we ask the backend for it.
         members = coordinator.get_members(group_id).get(10)
         screen.say(f"4. {listing(members)}")
 
@@ -113,7 +116,7 @@ def join_and_watch(args, screen):
         try:
             coordinator.leave_group(group_id).get(10)
         except NOT_A_MEMBER:
-            pass  # We were dropped before, which is as good.
+            pass  # We have been dropped already, which is as good.
         except Exception as error:  # noqa: BLE001 (drivers raise what they like)
             cause = root_cause(error)
             screen.warn(f"could not leave {args.group}: {cause}; our lease will expire")
@@ -128,9 +131,9 @@ def join_and_watch(args, screen):
 
 @contextlib.contextmanager
 def caught_signals():
-    """Collect Ctrl-C, SIGTERM and SIGHUP, while the block runs, in the list it gets.
+    """Collect Ctrl-C, SIGTERM and SIGHUP in the list that the `with` block gets.
 
-    The handler raises nothing, so it interrupts no call of Tooz: the block looks at the
+    The handler raises nothing, so it interrupts no call of Tooz: the block checks the
     list when it can. After the first signal Ctrl-C kills, in case leaving takes long.
     """
     caught, before = [], {}
@@ -154,7 +157,7 @@ def caught_signals():
 def watch(coordinator, args, lease, members, signals, screen):
     """Show who joins and leaves, for `args.wait` seconds or until a signal is caught.
 
-    `lease` is in seconds; `members`, a set of bytes, have been shown already. Tooz has
+    `lease` is in seconds; `members`, a set of bytes, is the list shown last. Tooz has
     watchers, but they poll, too: watch_join_group() registers a callback, run_watchers()
     in tooz/coordination.py calls get_members() and takes the same two differences.
     """
@@ -163,9 +166,7 @@ def watch(coordinator, args, lease, members, signals, screen):
     beats, expires = coordinator.heart.beats, time.time() + lease
     while not signals and (remaining := end - time.monotonic()) > 0:
         screen.status(f"{remaining:.0f} s remaining, {lease_bar(expires, lease)}")
-        # On memcached and files a poll reads a key or a file per member: in a crowd we
-        # poll less often, twice a second among 400.
-        time.sleep(min(remaining, max(POLL_EVERY, len(members) / 800)))
+        time.sleep(min(remaining, POLL_EVERY))
         try:
             seen = poll(coordinator, group_id)
             dropped = me not in seen
@@ -183,13 +184,13 @@ def watch(coordinator, args, lease, members, signals, screen):
         if dropped:
             screen.say("3. joined again")
             screen.say(f"4. {listing(seen)}")
-        # A heartbeat renews our lease if it arrives, which is likely, no more, once a
-        # poll was answered: memcached's driver sends it without asking for an answer.
-        # The clock is time.time(), as time.monotonic() may stop while a laptop sleeps.
+        # A heartbeat renews our lease if it arrives. We count it when a poll has been
+        # answered since, which makes that likely, not certain: memcached's driver asks
+        # for no reply. (time.monotonic() may stand still while a laptop sleeps.)
         if dropped or coordinator.heart.beats != beats:
             beats, expires = coordinator.heart.beats, time.time() + lease
-        # A group is a set: who is new and who is missing are two differences. We say
-        # "gone", as the list does not tell who has left from who has crashed.
+        # A group is a set: two differences tell who is new and who is missing. We say
+        # "gone", as the list does not tell who left from who crashed.
         news = [(shown(who), "joined") for who in seen - members - {me}]
         news += [(shown(who), "gone") for who in members - seen - {me}]
         for who, what in sorted(news):
@@ -198,9 +199,9 @@ def watch(coordinator, args, lease, members, signals, screen):
 
 
 def poll(coordinator, group_id):
-    """Return the members, a set of bytes. Raises what Tooz and its driver raise.
+    """Return the members, a set of bytes.
 
-    After TIMEOUT seconds without an answer that is coordination.OperationTimedOut.
+    Raises what Tooz and its driver raise, after TIMEOUT seconds at the latest.
     """
     try:
         return coordinator.get_members(group_id).get(TIMEOUT)
@@ -209,14 +210,14 @@ def poll(coordinator, group_id):
 
 
 def join_again(coordinator, group_id):
-    """Become a member again, after a sleep, an outage, or a restart without the data.
+    """Become a member again: we slept, were cut off, or the backend lost its data.
 
-    Raises what Tooz and its driver raise; call it again then.
+    Raises what Tooz and its driver raise; then call it again.
     """
-    # A heartbeat comes first. On etcd it makes a new lease, and without one we cannot
-    # join. On memcached and redis the others would drop us again at their next poll. The
-    # heart pauses meanwhile: on etcd two heartbeats at once may make two leases, and
-    # nobody would renew the one that we join with.
+    # A heartbeat comes first. On etcd it makes a new lease if ours has expired; without
+    # one we cannot join. On memcached and redis, without it, the others would drop us at
+    # their next poll. We stop the heart meanwhile: on etcd two heartbeats at once could
+    # make two leases, and nobody would renew the one that we join with.
     coordinator.heart.stop()
     try:
         if coordinator.heart.wait(TIMEOUT):
@@ -232,10 +233,11 @@ def join_again(coordinator, group_id):
 
 
 def lease_bar(expires, lease):
-    """Return what remains of our lease, in seconds, until it expires at that time.
+    """Return a bar that shows what remains of our lease, in seconds; `expires` is a time.
 
-    Then the others may see us as gone, and while we are cut off nobody can tell us so: a
-    real member must stop acting as one, by itself.
+    Once it has expired, the others may see us as gone, and while we are cut off nobody
+    can tell us so. A real member must stop acting as one by then, by itself, and leave a
+    margin: `expires` counts from a poll, which comes a little after the heartbeat.
     """
     left = max(0, round(expires - time.time()))
     bar = "#" * round(10 * left / lease)
@@ -243,14 +245,14 @@ def lease_bar(expires, lease):
 
 
 def name_comes_free(args, screen):
-    """Wait until no member has our name, for one lease; return whether that came.
+    """Wait until no member has our name, at most a lease and 2 s; return whether it is so.
 
-    The other client with our name is alive, or it has crashed and its lease has not yet
-    expired. Nobody can tell which, except by waiting.
+    Another client with our name is alive, or it has crashed and its lease has not expired
+    yet. Nobody can tell which, except by waiting.
     """
     me, group_id = args.client.encode(), args.group.encode()
     # We poll under a name that no client can have: memcached's driver never drops the
-    # name that it runs under, and its stop() deletes that name's sign of life.
+    # name that it runs under, and its stop() deletes the key that says it is alive.
     observer = coordination.get_coordinator(args.url, f"{args.client}?".encode())
     observer.start()
     limit = observer.heartbeat() + 2  # Backends drop a member a little late.
@@ -264,8 +266,8 @@ def name_comes_free(args, screen):
         screen.status(f"waiting for the name, {remaining:.0f} s remaining")
         time.sleep(POLL_EVERY)
     observer.stop()
-    # The file driver skips a member whose lease has expired, but still refuses its name,
-    # until somebody leaves under it.
+    # On files a member whose lease has expired is skipped, but its name is still refused,
+    # until somebody leaves under that name.
     if not taken and urllib.parse.urlsplit(args.url).scheme == "file":
         crashed = coordination.get_coordinator(args.url, me)
         crashed.start()
@@ -276,7 +278,7 @@ def name_comes_free(args, screen):
 
 
 def root_cause(error):
-    """Return the type and the message of what first went wrong, on one line."""
+    """Return the type and the message of an error's first cause, on one line."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
     message = getattr(error, "detail_text", "") or str(error) or "no answer"
@@ -296,8 +298,8 @@ def arguments():
     add = parser.add_argument
     add("client", type=name, help="our name")
     add("group", type=name, help="the group to join")
-    add("url", nargs="?", type=tooz_url, default=url, help="any Tooz URL")
-    add("--wait", metavar="SECONDS", type=seconds, default=60, help="60 by default")
+    add("url", nargs="?", type=tooz_url, default=url, help="a Tooz URL")
+    add("--wait", metavar="SECONDS", type=seconds, default=60, help="time to stay: 60")
     return parser.parse_args()
 
 
@@ -310,7 +312,7 @@ def name(text):
 
 
 def seconds(text):
-    """Return a number of seconds; raise ArgumentTypeError if it is negative or not one."""
+    """Return a number of seconds; raise ArgumentTypeError if it is none, or negative."""
     with contextlib.suppress(ValueError):
         if float(text) >= 0:
             return float(text)
@@ -320,8 +322,8 @@ def seconds(text):
 def tooz_url(text):
     """Return the URL; raise ArgumentTypeError for mistakes that Tooz lets pass.
 
-    Without a host Tooz would silently take localhost. With a lease of 0 memcached would
-    keep a member for ever, and the heart would never rest.
+    Without a host most drivers silently take localhost. With a lease of 0 memcached keeps
+    a member for ever, and the heart never rests.
     """
     good = re.match("(?i)file:///.", text)
     with contextlib.suppress(ValueError):  # Its message may show part of a password.
@@ -340,9 +342,9 @@ def tooz_url(text):
 
 
 def shown(text):
-    """Return text of others in ASCII, with escapes: it cannot control a terminal.
+    """Escape text that we did not write, so that it cannot control the terminal.
 
-    Members' names are bytes, in any encoding, or a str on files.
+    A member's name is bytes, in any encoding; on files it may be a str.
     """
     return ascii(os.fsdecode(text))[1:-1]
 
@@ -361,48 +363,43 @@ class Screen:
     def __init__(self, client):
         self.client, self.line = client, ""
         terminal = sys.stdout and sys.stdout.isatty() and os.getenv("TERM") != "dumb"
-        self.erase = "\r\x1b[K" if terminal else ""  # Takes the status line off.
+        self.erase = "\r\x1b[K" if terminal else ""  # Erases the status line.
 
     def say(self, text):
-        """Print a line of the story."""
-        self.write(f"{self.erase}{self.named(text)}\n{self.line}")
+        """Print a line of the story. That nobody reads it any more is a hang-up."""
+        try:
+            print(f"{self.erase}{self.named(text)}\n{self.line}", end="", flush=True)
+        except OSError:
+            signal.raise_signal(signal.SIGHUP)
 
     def warn(self, text):
         """Print a failure."""
-        self.write(self.erase)
-        self.write(self.named(text) + "\n", sys.stderr)
+        self.status("")
+        with contextlib.suppress(OSError):
+            print(self.named(text), file=sys.stderr, flush=True)
 
     def status(self, text):
         """Redraw the status line: in a terminal, unless we run in its background."""
         self.line = ""
-        # An OSError: stdout is not our terminal, or not any more.
+        # OSError means that stdout is not, or no longer, our terminal.
         with contextlib.suppress(OSError):
             if self.erase and os.tcgetpgrp(1) == os.getpgrp():
                 # A line that is too long for the terminal could not be erased.
-                self.line = self.named(text)[
-                    : (os.get_terminal_size(1).columns or 80) - 1
-                ]
-                self.write(self.erase + self.line)
+                room = (os.get_terminal_size(1).columns or 80) - 1
+                self.line = self.named(text)[:room] if text else ""
+                print(self.erase + self.line, end="", flush=True)
 
     def named(self, text):
         """Return the text with our name before it, and no password of a URL in it."""
         text = re.sub(r"(://[^:@\s]*:)\S*@", r"\1***@", text)
         return f"{self.client}: " + re.sub(r"(password=)[^&\s]*", r"\1***", text)
 
-    def write(self, text, stream=None):
-        """Print as it is. If nobody reads stdout any more, that is a hang-up."""
-        try:
-            print(text, end="", file=stream, flush=True)
-        except OSError:
-            if stream is None:
-                signal.raise_signal(signal.SIGHUP)
-
 
 def main():
     """Run the program; return its exit status."""
     args = arguments()
     screen = Screen(args.client)
-    logging.disable()  # Or the heart would warn, each second, during an outage.
+    logging.disable()  # The heart logs each attempt of an outage. A service wants that.
     logging.captureWarnings(True)  # urllib3 has one for the Python of macOS.
     try:
         while True:
@@ -410,7 +407,7 @@ def main():
             try:
                 return join_and_watch(args, screen)
             except coordination.MemberAlreadyExist:
-                pass  # Below, or this error would be the cause of all that come later.
+                pass  # Handled below, or later errors would have this one as a cause.
             if not name_comes_free(args, screen):
                 return 1
     except Exception as error:  # noqa: BLE001 (drivers raise what they like)
@@ -422,7 +419,7 @@ def main():
         )
         return 1
     finally:
-        screen.write(screen.erase)
+        screen.status("")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import termios
 import time
 import urllib.parse
@@ -23,6 +22,7 @@ import mirakuru
 import pexpect.fdpexpect
 import port_for
 import psutil
+import pyte
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -31,7 +31,7 @@ README = (ROOT / "README.md").read_text()
 # Seconds to wait for what must come. Machines are slow, and no test is about speed.
 LIMIT = 60
 CLOCK = r"\d\d:\d\d:\d\d"
-# Inherit nothing from whoever started pytest: perhaps it was nohup, or a script's &.
+# Inherit nothing from whoever started pytest: it may have been nohup, or a script's &.
 AFRESH = """
 import fcntl, os, signal, sys, termios
 for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE:
@@ -41,7 +41,7 @@ if os.isatty(0):
 os.execvp(sys.argv[1], sys.argv[1:])
 """
 
-# What changes how a URL is reached has no place in a test.
+# These variables change how a URL is reached.
 for name in [*os.environ]:
     if re.fullmatch(r"(?i)(\w+_proxy|\w+_ca_bundle|tooz_backend_url)", name):
         del os.environ[name]
@@ -57,11 +57,9 @@ def free_port():
 
 
 def table(heading):
-    """Return the rows of the README's tables that begin so, as lists of cells."""
-    start = re.escape(f"| {heading} |")
-    tables = re.findall(rf"(?m)^{start}.*\n\|[- |]+\n((?:\|.*\n)+)", README)
-    rows = [re.split(r" *(?<!\\)\| *", row) for row in "".join(tables).splitlines()]
-    return [[cell.replace(r"\|", "|") for cell in row[1:-1]] for row in rows]
+    """Return the rows of the README's table that begins so, as lists of cells."""
+    rows = re.search(rf"(?m)^\| {heading} \|.*\n.*\n((\|.*\n)+)", README)[1]
+    return [re.split(r" *\| *", row)[1:-1] for row in rows.splitlines()]
 
 
 def wait_until(it_is_so):
@@ -90,6 +88,13 @@ def run(*arguments, **options):
     done = subprocess.run(command(*arguments), check=False, **options)
     assert "Traceback" not in (done.stderr or "")
     return done
+
+
+def screen(text, columns=80):
+    """Return what a terminal shows after that output, without empty lines."""
+    terminal = pyte.Screen(columns, 300)
+    pyte.Stream(terminal).feed(text)
+    return [line.rstrip() for line in terminal.display if line.strip()]
 
 
 class Program(pexpect.fdpexpect.fdspawn):
@@ -182,7 +187,7 @@ def member(start):
 
 
 class Server:
-    """A backend: its URL and, where there are any, its processes to torment."""
+    """A backend: its URL and, where there are any, its processes, for a test to break."""
 
     executors, folder = (), ""
 
@@ -220,7 +225,7 @@ class Server:
             executor.kill()
 
     def lock(self):
-        """Return what no client holds meanwhile: suspended with it, one stops them all."""
+        """Return what no client holds meanwhile: suspended with it, it stops them all."""
         return contextlib.nullcontext()
 
     def forget(self):
@@ -238,8 +243,8 @@ class Server:
             os.killpg(executor.process.pid, signal.SIGCONT)
 
 
-class Line(Server):
-    """A line to a server that can be cut: etcd's own gateway, which forwards any TCP."""
+class Connection(Server):
+    """A connection that can be cut: etcd's own gateway, which forwards any TCP."""
 
     def __init__(self, server, port=None):
         port = port or free_port()
@@ -271,7 +276,7 @@ class Etcd(Server):
         return subprocess.check_output(words, text=True)
 
     def wipe(self):
-        """Throw all members out: revoke their leases."""
+        """Remove all members: revoke their leases."""
         for lease in re.findall(r"(?m)^[0-9a-f]{8,}$", self.ctl("lease", "list")):
             self.ctl("lease", "revoke", lease)
 
@@ -284,9 +289,9 @@ class Cluster(Etcd):
         self.folder = folder / "cluster"
         self.nodes = [Etcd(self.folder, name=name, peers=peers) for name in peers]
         self.base, self.port = self.nodes[0].base, self.nodes[0].port
-        line = Line(self)
-        self.base, self.port = line.base, line.port
-        self.executors = sum((node.executors for node in self.nodes), line.executors)
+        gateway = Connection(self)
+        self.base, self.port = gateway.base, gateway.port
+        self.executors = sum((node.executors for node in self.nodes), gateway.executors)
 
     @property
     def addresses(self):
@@ -308,9 +313,9 @@ class Memcached(Server):
         self.add(words, self.port)
 
     def wipe(self):
-        with socket.create_connection(("127.0.0.1", self.port)) as line:
-            line.sendall(b"flush_all\r\n")
-            assert line.recv(100) == b"OK\r\n"
+        with socket.create_connection(("127.0.0.1", self.port)) as connection:
+            connection.sendall(b"flush_all\r\n")
+            assert connection.recv(100) == b"OK\r\n"
 
 
 class Files(Server):
@@ -329,25 +334,16 @@ class Files(Server):
 BACKENDS = {"etcd": Etcd, "cluster": Cluster, "memcached": Memcached, "file": Files}
 
 
-def on(*names, own=False):
-    """Run a test on these backends, one after the other; `own`: it may torment them."""
-    marks = pytest.mark.own if own else ()
-    values = [pytest.param(name, marks=marks) for name in names]
-    return pytest.mark.parametrize("backend", values, indirect=True)
+def on(*names):
+    """Run a test on these backends, one after the other."""
+    return pytest.mark.parametrize("backend", names, indirect=True)
 
 
 @pytest.fixture
 def servers(request, tmp_path):
-    """Return a function from a backend's name to one that runs.
-
-    etcd and the cluster are slow to start: all tests share one of each, but those that
-    torment theirs. memcached is not shared: there, a name is one for all groups.
-    """
+    """Return a function from a backend's name to one that runs, for this test alone."""
 
     def server(name):
-        shared = os.environ.get(f"SHARED_{name}")
-        if shared and not request.node.get_closest_marker("own"):
-            return Server(shared)
         one = BACKENDS[name](tmp_path)
         request.addfinalizer(one.kill)
         return one.start()
@@ -359,18 +355,6 @@ def servers(request, tmp_path):
 def backend(request, servers):
     """The backend that on() names."""
     return servers(request.param)
-
-
-def pytest_sessionstart(session):
-    """Start what is shared: once, before pytest-xdist starts its workers."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        return
-    folder = tempfile.TemporaryDirectory()
-    session.config.add_cleanup(folder.cleanup)
-    for name in "etcd", "cluster":
-        server = BACKENDS[name](pathlib.Path(folder.name))
-        session.config.add_cleanup(server.kill)
-        os.environ[f"SHARED_{name}"] = server.start().base
 
 
 def pytest_collection_modifyitems(items):

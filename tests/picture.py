@@ -1,41 +1,40 @@
 """Record the picture at the top of the README: `tests/run picture` writes picture.svg.
 
-The scene is played by the script itself, in three shells in real terminals, on an etcd
-with a lease of 5 s. What their screens show is filmed, and becomes an animated SVG. Over
-each screen stands a title: what is done there, and when.
+The scene is played by the script itself, in two shells in real terminals, on files, with
+a lease of 5 s. What their screens show is filmed, and becomes an animated SVG. Over each
+screen stands a title: what is done there, and when.
 """
 
 import contextlib
 import os
 import pathlib
 import re
+import shutil
 import signal
 import sys
-import tempfile
 import time
 from xml.etree import ElementTree
 
 import pexpect
-import port_for
 import psutil
 import pyte
-from conftest import ROOT, SCRIPT, Etcd, wait_until
+from conftest import ROOT, SCRIPT, wait_until
 
 PICTURE = pathlib.Path(__file__).with_suffix(".svg")
-COLUMNS = 44  # So that it can be read on a telephone, too.
-ROWS = {"A": 14, "B": 12, "C": 8}  # Just enough: nothing scrolls away.
+COLUMNS = 56  # So that it can be read on a telephone, too.
+ROWS = {"A": 11, "B": 15}  # Just enough: nothing scrolls away.
 SHUTTER = 200  # ms from frame to frame, at least.
 PAUSE = 5000  # ms for the last frame, before all begins again.
 DEEDS = {
-    signal.SIGKILL: "kill -9: its lease must run out",
-    signal.SIGINT: "Ctrl-C: it says that it leaves",
+    signal.SIGKILL: "kill -9: gone when its lease has expired",
+    signal.SIGINT: "Ctrl-C: it leaves, gone at once",
 }
 # The renderer puts the frames into a template. Its cells are 8 x 17.
 SIZE = COLUMNS, len(ROWS) + sum(ROWS.values())
 WIDTH, HEIGHT = 8 * SIZE[0], 17 * SIZE[1]
 TEMPLATE = f"""\
 <svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"
- viewBox="0 0 {WIDTH + 16} {HEIGHT + 16}" width="440">
+ viewBox="0 0 {WIDTH + 16} {HEIGHT + 16}" width="{WIDTH + 16}">
 <defs>
 <t:template_settings xmlns:t="https://github.com/nbedos/termtosvg">
 <t:screen_geometry columns="{SIZE[0]}" rows="{SIZE[1]}"/><t:animation type="css"/>
@@ -62,29 +61,27 @@ NEWEST = ("color0", "color11")  # The title of whom something was done to last.
 
 
 def play(start, wait=lambda seconds: None):
-    """A comes, B comes, C comes and is killed, B leaves, A's wait ends. Return all three.
+    """A joins. B joins and leaves, joins again and is killed. Return A, and B twice.
 
-    start(name, …) starts a client of that name, with these options, and returns it: it
-    can be any client of conftest.py. The film waits now and then, so that one can follow.
+    start(name) starts a client of that name and returns it: it can be any client of
+    conftest.py. The film waits now and then, so that one can follow.
     """
-    a = start("A", "--wait", "20")
+    a = start("A")
     a.sees("4. members: .*\n")
-    wait(3)  # A's lease runs down, and a heartbeat fills it.
-    b = start("B")
-    a.sees("B joined, members: .*\n")
-    wait(2)
-    c = start("C")
-    c.sees("4. members: .*\n")
-    b.sees("C joined, members: .*\n")
-    wait(2)
-    c.hit(signal.SIGKILL)
-    a.sees("C gone, members: .*\n")
-    b.sees("C gone, members: .*\n")
-    wait(2)
-    b.hit(signal.SIGINT)
-    b.sees("6. left .*\n")
-    a.sees("6. left .*\n")
-    return a, b, c
+    wait(3)  # A's lease runs down, and a heartbeat renews it.
+    played = [a]
+    for number in signal.SIGINT, signal.SIGKILL:
+        b = start("B")
+        a.sees("B joined, members: .*\n")
+        b.sees("4. members: .*\n")
+        wait(2)
+        b.hit(number)
+        a.sees("B gone, members: .*\n")
+        if number == signal.SIGINT:
+            b.sees("6. left .*\n")
+        played.append(b)
+        wait(2)
+    return played
 
 
 class Shell(pexpect.spawn):
@@ -100,15 +97,15 @@ class Shell(pexpect.spawn):
             encoding="utf-8",
             env={**os.environ, **plain, "TOOZ_BACKEND_URL": url},
         )
-        self.name, self.film, self.transcript = name, film, ""
+        self.name, self.film, self.transcript, self.seen = name, film, "", 0
         self.title = name
         self.screen = pyte.Screen(COLUMNS, ROWS[name])
         self.stream = pyte.Stream(self.screen)
 
-    def join(self, *options):
+    def join(self):
         """Type the command line of the script."""
-        self.say("comes")
-        self.sendline(" ".join(["python", SCRIPT.name, self.name, "g1", *options]))
+        self.say("joins")
+        self.sendline(f"python {SCRIPT.name} {self.name} g1")
 
     def hit(self, number):
         """Press Ctrl-C, or send another signal to the script."""
@@ -124,8 +121,10 @@ class Shell(pexpect.spawn):
         self.film.newest = self
 
     def sees(self, pattern):
-        """Film until the output has the pattern."""
-        self.film.roll(lambda: re.search(pattern, self.transcript))
+        """Film until the rest of the output has the pattern."""
+        pattern = re.compile(pattern)
+        self.film.roll(lambda: pattern.search(self.transcript, self.seen))
+        self.seen = pattern.search(self.transcript, self.seen).end()
 
     def rows(self):
         """Return the title and the lines of the screen, each with its colours."""
@@ -139,16 +138,16 @@ class Shell(pexpect.spawn):
 
 
 class Film:
-    """Three shells, one above the other, and frames: each is a time in ms, and its rows."""
+    """Two shells, one above the other, and frames: each is a time in ms, and its rows."""
 
     def __init__(self, url):
         self.newest, self.frames = None, []
         self.shells = {name: Shell(name, url, self) for name in ROWS}
         self.begun = time.monotonic()
 
-    def start(self, name, *options):
+    def start(self, name):
         """Start a client."""
-        self.shells[name].join(*options)
+        self.shells[name].join()
         return self.shells[name]
 
     def wait(self, seconds):
@@ -197,25 +196,25 @@ def story(path=PICTURE):
     last = root.find(".//*[@id='screen_view']")[-1].iterfind("{*}use")
     shown = ["".join(rows[one.get(HREF)].itertext()) for one in last]
     text = "".join(row if len(row) == COLUMNS else row + "\n" for row in shown)
-    return {name: re.findall(rf"(?m)^{name}: (?!\d+ s to go).*", text) for name in ROWS}
+    return {
+        name: re.findall(rf"(?m)^{name}: (?!\d+ s remaining|leaving).*", text)
+        for name in ROWS
+    }
 
 
 def main():
     """Play the scene, film it, and write the picture."""
     # Or the shells would ignore Ctrl-C, if we were started by a script's &.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with tempfile.TemporaryDirectory() as folder:
-        # At its usual port, etcd's URL is short. But another one may be there.
-        usual = not port_for.port_is_used(2379)
-        etcd = Etcd(pathlib.Path(folder), 2379 if usual else None).start()
-        try:
-            port = "" if usual else f":{etcd.port}"
-            film = Film(f"etcd3+http://localhost{port}?timeout=5")
-            film.wait(1)
-            play(film.start, film.wait)
-            film.wait(1)
-        finally:
-            etcd.kill()
+    folder = pathlib.Path("/tmp/t")  # So short, as the URL is to fit into a line.
+    folder.mkdir()
+    try:
+        film = Film(f"file://{folder}?timeout=5")
+        film.wait(1)
+        play(film.start, film.wait)
+        film.wait(1)
+    finally:
+        shutil.rmtree(folder)
     film.write(PICTURE)
 
 
