@@ -31,15 +31,7 @@ README = (ROOT / "README.md").read_text()
 # Seconds to wait for what must come. Machines are slow, and no test is about speed.
 LIMIT = 60
 CLOCK = r"\d\d:\d\d:\d\d"
-# Inherit nothing from whoever started pytest: it may have been nohup, or a script's &.
-AFRESH = """
-import fcntl, os, signal, sys, termios
-for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE:
-    signal.signal(number, signal.SIG_DFL)
-if os.isatty(0):
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-os.execvp(sys.argv[1], sys.argv[1:])
-"""
+GROUP = "group1"
 
 # These variables change how a URL is reached.
 for name in [*os.environ]:
@@ -97,6 +89,14 @@ def screen(text, columns=80):
     return [line.rstrip() for line in terminal.display if line.strip()]
 
 
+def afresh():
+    """Inherit nothing from whoever started pytest: it may have been nohup, or a script's &."""
+    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        signal.signal(number, signal.SIG_DFL)
+    if os.isatty(0):
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 class Program(pexpect.fdpexpect.fdspawn):
     """A command in a session of its own: in a pipe, or in a terminal of 80 columns."""
 
@@ -106,7 +106,8 @@ class Program(pexpect.fdpexpect.fdspawn):
             size = struct.pack("HHHH", 24, columns, 0, 0)
             fcntl.ioctl(writer, termios.TIOCSWINSZ, size)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", AFRESH, *words],
+            words,
+            preexec_fn=afresh,  # noqa: PLW1509 (no other thread holds a lock then)
             stdin=writer if terminal else subprocess.DEVNULL,
             stdout=writer,
             stderr=writer,
@@ -159,17 +160,11 @@ def programs():
 
 
 @pytest.fixture
-def group():
-    """A group of the test's own."""
-    return f"group{time.time_ns()}"
-
-
-@pytest.fixture
-def start(programs, group):
-    """Start the script in that group with start(name, url, …)."""
+def start(programs):
+    """Start the script with start(name, url, …)."""
 
     def client(name, *arguments, under=(), **options):
-        return programs(*under, *command(name, group, *arguments), **options)
+        return programs(*under, *command(name, GROUP, *arguments), **options)
 
     return client
 
@@ -200,10 +195,9 @@ class Server:
         """Return where it listens, as etcd's gateway wants it."""
         return f"127.0.0.1:{self.port}"
 
-    def url(self, **options):
-        """Return the Tooz URL, with options in its query."""
-        query = urllib.parse.urlencode(options, safe="/")
-        return f"{self.base}?{query}" if query else self.base
+    def url(self, timeout=None):
+        """Return the Tooz URL, with a lease of that many seconds."""
+        return f"{self.base}?timeout={timeout}" if timeout else self.base
 
     def add(self, words, where):
         """Add a process: it runs as soon as it answers there, a URL or a port."""
@@ -246,8 +240,8 @@ class Server:
 class Connection(Server):
     """A connection that can be cut: etcd's own gateway, which forwards any TCP."""
 
-    def __init__(self, server, port=None):
-        port = port or free_port()
+    def __init__(self, server):
+        port = free_port()
         super().__init__(server.base.replace(f":{server.port}", f":{port}"))
         words = ["etcd", "gateway", "start", "--endpoints", server.addresses]
         words += ["--listen-addr", self.addresses, "--retry-delay", "1s"]
@@ -258,17 +252,17 @@ class Connection(Server):
 class Etcd(Server):
     """One etcd. In a cluster, `peers` has the names of all members, and their ports."""
 
-    def __init__(self, folder, port=None, name="etcd", peers=None, tls=()):
-        client = f"http{'s' if tls else ''}://127.0.0.1:{port or free_port()}"
+    def __init__(self, folder, name="etcd", peers=None):
+        client = f"http://127.0.0.1:{free_port()}"
         super().__init__(f"etcd3+{client}")
         self.folder, peers = folder / name, peers or {name: free_port()}
         urls = {one: f"http://127.0.0.1:{at}" for one, at in peers.items()}
-        words = ["etcd", "--name", name, "--data-dir", str(self.folder), *tls]
+        words = ["etcd", "--name", name, "--data-dir", str(self.folder)]
         words += ["--listen-client-urls", client, "--advertise-client-urls", client]
         words += ["--listen-peer-urls", urls[name]]
         words += ["--initial-advertise-peer-urls", urls[name]]
         words += ["--initial-cluster", ",".join("=".join(one) for one in urls.items())]
-        self.add(words, self.port if tls else f"{client}/health")
+        self.add(words, f"{client}/health")
 
     def ctl(self, *words):
         """Run etcdctl; return its output."""
