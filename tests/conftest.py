@@ -334,26 +334,15 @@ def on(*names):
 
 
 @pytest.fixture
-def servers(request, tmp_path):
-    """Return a function from a backend's name to one that runs, for this test alone."""
-
-    def server(name):
-        one = BACKENDS[name](tmp_path)
-        request.addfinalizer(one.kill)
-        return one.start()
-
-    return server
-
-
-@pytest.fixture
-def backend(request, servers):
-    """The backend that on() names."""
-    return servers(request.param)
+def backend(request, tmp_path):
+    """The backend that on() names: running, and for this test alone."""
+    one = BACKENDS[request.param](tmp_path)
+    request.addfinalizer(one.kill)
+    return one.start()
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the longest tests; end with those that wait for all others to end."""
-    items.sort(key=lambda item: item.path.stem != "test_readme")
+    """End with the tests that wait for all others to end."""
     items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
 
 

@@ -1,6 +1,5 @@
 """What can go wrong, on every backend that can show it."""
 
-import re
 import shutil
 import signal
 import time
@@ -114,28 +113,20 @@ def test_suspended(backend, start):
 
 @fault("its connection is cut past its lease")
 def test_cut_connection(backend, start, member, request):
-    """A short cut costs nothing. After a long one B is gone, knows it, and comes back."""
-    lease = 10
-    a = member("A", backend.url(timeout=lease))
+    """B is gone, knows it, and comes back."""
+    a = member("A", backend.url(timeout=LEASE))
     connection = Connection(backend).start()
     request.addfinalizer(connection.kill)
-    b = start("B", connection.url(timeout=lease), "--wait", "600", terminal=True)
+    url = connection.url(timeout=LEASE)
+    b = start("B", url, "--wait", "600", terminal=True)
     a.sees("B joined, members: A, B\n")
-    b.sees("lease .####")
-    connection.pause()
-    time.sleep(lease / 2 - 2)
-    connection.resume()
-    # The lease is full again: a heartbeat has arrived.
-    b.sees(r"lease \[#{10}\]")
-    assert "B gone" not in a.transcript
-    assert "3. joined again" not in b.transcript
     connection.pause()
     b.sees(OUTAGE, r"lease \[\.{10}\] expired")
     a.sees("B gone, members: A\n")
     connection.resume()
     b.sees("backend is back, ", "3. joined again\r\n", "4. members: A, B\r\n")
     a.sees("B joined, members: A, B\n")
-    said = all_is_well(start, backend.url(timeout=lease), a, b)
+    said = all_is_well(start, backend.url(timeout=LEASE), a, b)
     assert [said.count(one) for one in ("error", "B gone", "again\r\n")] == [1, 1, 1]
 
 
@@ -178,12 +169,6 @@ def test_one_name_at_once(backend, start, member):
     watcher = member("watcher", url)
     same = [start("same", url, "--wait", "600") for _ in range(6)]
     wait_until(lambda: sum(one.process.poll() is None for one in same) == 1)
-    for one in same:
-        if one.process.poll() is None:
-            one.sees("4. members: same, watcher\n")
-        else:
-            one.ends(1)
-            assert "choose another name" in one.transcript
     start("C", url)
     watcher.sees("C joined, members: C, same, watcher\n")
     assert "same gone" not in watcher.transcript
@@ -311,10 +296,10 @@ def test_terminal_closed_during_an_outage(backend, tmp_path, start):
     began = time.monotonic()
     assert a.process.wait(LIMIT) == 1
     assert time.monotonic() - began < 25
-    assert re.fullmatch(
-        "A: backend error: TimeoutError: no answer; still trying\n"
-        f"A: could not leave {GROUP}: TimeoutError: no answer; our lease will expire\n",
-        errors.read_text(),
+    no_answer = "TimeoutError: no answer"
+    assert errors.read_text() == (
+        f"A: backend error: {no_answer}; still trying\n"
+        f"A: could not leave {GROUP}: {no_answer}; our lease will expire\n"
     )
 
 
