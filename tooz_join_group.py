@@ -57,9 +57,7 @@ except ImportError as missing:
     sys.exit(f"{missing}. Try .venv/bin/python, or: pip install -r requirements.txt")
 
 POLL_EVERY = 0.25  # Seconds between two polls: who joins or leaves shows within 0.3 s.
-TIMEOUT = (
-    5  # Seconds. A backend that does not answer a poll in that time counts as down.
-)
+TIMEOUT = 5  # Seconds. A backend that takes longer to answer a poll counts as down.
 NOT_A_MEMBER = coordination.MemberNotJoined, coordination.GroupNotCreated
 URL_TIMEOUTS = "timeout", "membership_timeout", "lock_timeout", "leader_timeout"
 
@@ -90,8 +88,8 @@ def join_and_watch(args, screen):
         screen.say(f"2. {args.group} exists already")
 
     # A member killed by Ctrl-C would stay listed until its lease expires. So from here on
-    # signals are only collected: they end step 5, and we leave in step 6. As they have to
-    # wait for each call meanwhile, no get() waits for more than 10 seconds.
+    # signals are only collected: they end step 5, and we leave in step 6. As a signal has
+    # to wait for the call that is running, each get() has a limit, in seconds.
     with caught_signals() as signals:
         # 3. From now on the backend lists us, for as long as our heart beats.
         try:
@@ -162,7 +160,8 @@ def watch(coordinator, args, lease, members, signals, screen):
     in tooz/coordination.py calls get_members() and takes the same two differences.
     """
     me, group_id = args.client.encode(), args.group.encode()
-    end, out = time.monotonic() + args.wait, False
+    end = time.monotonic() + args.wait
+    down = False
     beats, expires = coordinator.heart.beats, time.time() + lease
     while not signals and (remaining := end - time.monotonic()) > 0:
         screen.status(f"{remaining:.0f} s remaining, {lease_bar(expires, lease)}")
@@ -174,13 +173,13 @@ def watch(coordinator, args, lease, members, signals, screen):
                 join_again(coordinator, group_id)
                 seen = poll(coordinator, group_id)
         except Exception as error:  # noqa: BLE001 (drivers raise what they like)
-            if not out:
+            if not down:
                 screen.warn(f"backend error: {root_cause(error)}; still trying")
-            out = True
+            down = True
             continue
-        if out:
+        if down:
             screen.say(f"backend is back, {listing(seen)}")
-        out = False
+        down = False
         if dropped:
             screen.say("3. joined again")
             screen.say(f"4. {listing(seen)}")
@@ -256,7 +255,9 @@ def name_comes_free(args, screen):
     observer = coordination.get_coordinator(args.url, f"{args.client}?".encode())
     observer.start()
     limit = observer.heartbeat() + 2  # Backends drop a member a little late.
-    screen.warn(f"{args.client} is taken; waiting {limit:g} s, in case it has crashed")
+    screen.warn(
+        f"{args.client} is taken; waiting {limit:g} s, in case that one crashed"
+    )
     end = time.monotonic() + limit
     while taken := me in poll(observer, group_id):
         remaining = end - time.monotonic()

@@ -1,12 +1,11 @@
 """Measure what the script costs: `tests/run benchmark` prints the README's figures.
 
-Every figure comes from one run, on servers of its own, with the backends in turn. It takes
-about ten minutes, and wants the machine to itself. Two of the rows are sweeps, for what a
-test on a busy machine cannot aim at: a signal at any moment. If the script does not keep
-what it promises, as below, that is said after the table, and the exit status is 1.
+It measures one backend after the other, each on a server of its own, takes about ten
+minutes, and wants the machine to itself. Two of the rows try what a test on a busy machine
+cannot aim at: a signal at any moment. If the script does not keep what it promises, as
+below, that is said after the table, and the exit status is 1.
 """
 
-import collections
 import concurrent.futures
 import contextlib
 import datetime
@@ -17,67 +16,57 @@ import platform
 import random
 import re
 import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import urllib.request
 
 import pexpect
 import psutil
 from conftest import BACKENDS, LIMIT, README, SCRIPT, Program, command
 from tooz import coordination
-from tqdm import tqdm
 
 # What the script promises. (That no signal does harm is a promise, too.)
 START = 1.08  # times the shortest script's start, at most
 SHOWN = 0.3  # seconds until a join or a leave shows, at most: the 95th percentile
 # Members: what waiting among them costs is below that percentage of a core.
-WAITING = {2: 1, 100: 5, 400: 5}
+WAITING = {2: 1, 100: 5}
 
 NAMES = ["etcd", "memcached", "file"]
-RUNS = 40  # script and shortest script, in alternation: fewer are too noisy
-CHANGES = 40  # joins and leaves, each looked for on another terminal
+RUNS = 40  # pairs of the script and the shortest script: fewer are too noisy
+SIZE = 10  # members of the group in which joins and leaves show
+CHANGES = 40  # joins, and as many leaves
 CRASHES = 8
-ROUNDS = 30  # of six clients under one name
 LEASE = 5  # seconds, for the crashes
 WATCHED = 10  # seconds of waiting, for processor time
-CROWD = 100
 MOMENTS = 40  # from the start on, and each of the signals at each of them
-NEWCOMERS = 24  # that take a living member's name, and get a signal
+NEWCOMERS = 24  # clients that join under a taken name, and get a signal
 JOINING = 0.006  # seconds after their first line: then they are just joining
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 STAY = ["--wait", "900"]
 
-# The README's bare lesson is the shortest script. It takes NAME GROUP URL SECONDS.
+# The README's 21 lines are the shortest script. It takes NAME GROUP URL SECONDS.
 SHORTEST = re.search(r"```python\n(import sys\n.*?)```", README, re.DOTALL).group(1)
 # The number of the script's first line that no traceback may show.
 LOADED = SCRIPT.read_text().split("import argparse\n")[0].count("\n") + 1
-# A cell of the table, and what is wrong with it: mostly nothing.
-Figure = collections.namedtuple("Figure", "text wrong", defaults=[""])
 
 
-def quantiles(values, unit="s", digits=2, most=float("inf")):
-    """Return "median / 95th percentile" of the values. The latter has a limit."""
+def quantiles(values):
+    """Return the median and the 95th percentile."""
     top = statistics.quantiles(values, n=20, method="inclusive")[-1]
-    text = f"{statistics.median(values):.{digits}f} / {top:.{digits}f} {unit}"
-    return Figure(text, f"more than {most} {unit}" if top > most else "")
+    return statistics.median(values), top
 
 
 @contextlib.contextmanager
 def members(url, group, count):
-    """Keep `count` members in the group. They do not beat: their leases are long."""
+    """Keep `count` members in the group, without heartbeats: their leases are long."""
     them = []
     for number in range(count):
         name = f"m{number:03}".encode()
         them.append(coordination.get_coordinator(url, name, executor="sync"))
         them[-1].start()
-        with contextlib.suppress(coordination.GroupAlreadyExist):
-            them[-1].create_group(group.encode()).get()
-        them[-1].join_group(group.encode()).get()
+        them[-1].join_group_create(group.encode())
     yield them
     for one in them:
         one.leave_group(group.encode()).get()
@@ -106,11 +95,11 @@ def client(*arguments):
         one.ends(130)
 
 
-# --- Times ---
+# --- Rows: each returns its cell, and what is wrong with it: mostly nothing ---
 
 
-def start_up(server, progress):
-    """Return how long the first list takes beside the shortest script, as a ratio."""
+def start_up(server):
+    """Return how long the first list takes, and the ratio to the shortest script."""
     ours, shortest = [], []
     for number in range(RUNS):
         # Each is killed once it has shown its list, so each has a group of its own.
@@ -123,68 +112,51 @@ def start_up(server, progress):
                 next(line for line in process.stdout if b"members: " in line)
                 times.append(time.perf_counter() - begun)
                 process.kill()
-            progress.update()
     ratio = statistics.median(a / b for a, b in zip(ours, shortest))
-    return Figure(
-        f"{statistics.median(ours):.2f} s, "
-        f"{ratio:.2f} x the shortest script's {statistics.median(shortest):.2f} s",
-        f"more than {START} x" if ratio > START else "",
-    )
+    wrong = f"more than {START} x" if ratio > START else ""
+    return f"{statistics.median(ours):.2f} s, {ratio:.2f} x the 21 lines", wrong
 
 
-def changes(server, progress, size):
-    """Return how soon a join and a leave show on another terminal, in a group that big."""
-    url, group, joins, leaves = server.url(timeout=900), f"changes{size}", [], []
+def changes(server):
+    """Return how soon a join or a leave shows on another terminal."""
+    url, times = server.url(timeout=900), []
     with (
-        members(url, group, size - 2),
-        client("watcher", group, url, *STAY) as watcher,
+        members(url, "changes", SIZE - 2),
+        client("watcher", "changes", url, *STAY) as watcher,
     ):
         other = coordination.get_coordinator(url, b"other")
         other.start()
-        for _ in range(CHANGES):
-            for act, what, times in (
-                (other.join_group, "other joined", joins),
-                (other.leave_group, "other gone", leaves),
-            ):
-                time.sleep(random.random() * SHOWN)  # Any moment between two looks.
-                act(group.encode()).get()
-                begun = time.perf_counter()
-                watcher.sees(what)
-                times.append(time.perf_counter() - begun)
-            progress.update()
+        both = {"joined": other.join_group, "gone": other.leave_group}
+        for what, act in [*both.items()] * CHANGES:
+            time.sleep(random.random() * SHOWN)  # Any moment between two polls.
+            act(b"changes").get()
+            begun = time.perf_counter()
+            watcher.sees(f"other {what}")
+            times.append(time.perf_counter() - begun)
         other.stop()
-    return quantiles(joins, most=SHOWN), quantiles(leaves, most=SHOWN)
+    median, top = quantiles(times)
+    wrong = f"more than {SHOWN} s" if top > SHOWN else ""
+    return f"{median:.2f} / {top:.2f} s", wrong
 
 
-def crashes(server, progress):
+def crashes(server):
     """Return how soon a crash shows on another terminal, in leases."""
-    url, killed, times = server.url(timeout=LEASE), {}, []
-
-    def kill(name, victim):
-        victim.hit(signal.SIGKILL)
-        killed[name] = time.perf_counter()
-
-    with (
-        client("watcher", "crashes", url, *STAY) as watcher,
-        contextlib.ExitStack() as stack,
-    ):
-        victims = {}
-        for name in [f"victim{number}" for number in range(CRASHES)]:
-            one = program(name, "crashes", url, *STAY)
-            victims[name] = stack.enter_context(one)
-        for one in victims.values():
-            one.sees("4. members")
-        # They began at once, so they beat at once: they die at any moment between beats.
-        for number, victim in enumerate(victims.items()):
-            threading.Timer(LEASE * number / CRASHES, kill, victim).start()
-        for _ in victims:
-            watcher.sees(r"(victim\d+) gone")
-            times.append((time.perf_counter() - killed[watcher.match[1]]) / LEASE)
-            progress.update()
-    return quantiles(times, "leases", 1)
+    url, times = server.url(timeout=LEASE), []
+    with client("watcher", "crashes", url, *STAY) as watcher:
+        for number in range(CRASHES):
+            with program(f"victim{number}", "crashes", url, *STAY) as victim:
+                victim.sees("4. members")
+                # Any moment between two heartbeats: there are two per lease.
+                time.sleep(LEASE / 2 * number / CRASHES)
+                victim.hit(signal.SIGKILL)
+                begun = time.perf_counter()
+                watcher.sees(f"victim{number} gone")
+                times.append((time.perf_counter() - begun) / LEASE)
+    median, top = quantiles(times)
+    return f"{median:.1f} / {top:.1f} leases", ""
 
 
-def waiting(server, progress, size):
+def waiting(server, size):
     """Return what waiting costs in a group that big: of one core, and in memory."""
     url, group = server.url(timeout=900), f"waiting{size}"
     with (
@@ -193,86 +165,25 @@ def waiting(server, progress, size):
     ):
         process = psutil.Process(watcher.process.pid)
         before = sum(process.cpu_times()[:2])
-        for _ in range(WATCHED):
-            time.sleep(1)
-            progress.update()
+        time.sleep(WATCHED)
         used = 100 * (sum(process.cpu_times()[:2]) - before) / WATCHED
         memory = process.memory_info().rss / 2**20
     wrong = f"not below {WAITING[size]} %" if used >= WAITING[size] else ""
-    return Figure(f"{used:.1f} %, {memory:.0f} MiB", wrong)
+    return f"{used:.1f} %, {memory:.0f} MiB", wrong
 
 
-def crowd(server, progress):
-    """Return how long 100 clients that start at once take until all show all."""
-    names = [f"c{number:02}" for number in range(CROWD)]
-    words = ["crowd", server.url(timeout=120), *STAY]
-    begun = time.perf_counter()
-    with contextlib.ExitStack() as stack:  # It kills them all, as the server goes, too.
-        for one in [stack.enter_context(program(name, *words)) for name in names]:
-            # What the others print meanwhile is 30 kB each: their pipes hold 64.
-            one.expect("members: " + ", ".join(names) + "\n", timeout=300)
-            progress.update()
-        return Figure(f"{time.perf_counter() - begun:.0f} s")
-
-
-# --- Requests, and what Tooz does about namesakes ---
-
-
-def namesakes(server, progress):
-    """Return in how many rounds more than one of six, joining under one name, got in."""
-    several, group, stops = 0, b"namesakes", []
-    # Each stop() waits for a thread, for up to a second: let them all do so together.
-    with concurrent.futures.ThreadPoolExecutor(6 * ROUNDS) as threads:
-        for number in range(ROUNDS):
-            name = f"same{number}".encode()
-            six = [coordination.get_coordinator(server.url(), name) for _ in range(6)]
-            for one in six:
-                one.start()
-            with contextlib.suppress(coordination.GroupAlreadyExist):
-                six[0].create_group(group).get()
-            admitted = 0
-            for future in [one.join_group(group) for one in six]:
-                with contextlib.suppress(coordination.MemberAlreadyExist):
-                    future.get()
-                    admitted += 1
-            several += admitted > 1
-            with contextlib.suppress(coordination.MemberNotJoined):
-                six[0].leave_group(group).get()
-            stops += [threads.submit(one.stop) for one in six]
-            progress.update()
-        for stop in stops:
-            stop.result()
-    return Figure(f"{several} of {ROUNDS} rounds")
-
-
-def requests(server, _):
-    """Return how many requests one look is, in a group of ten."""
-    if not server.port:
-        return Figure("no server")
-
-    def count():
-        if "etcd" in server.base:
-            with urllib.request.urlopen(f"http://{server.addresses}/metrics") as page:
-                text = page.read().decode()
-            pattern = r'grpc_server_started_total{grpc_method="Range",.* (\d+)'
-            return int(re.search(pattern, text).group(1))
-        with socket.create_connection(("127.0.0.1", server.port)) as line:
-            line.sendall(b"stats\r\n")
-            return int(re.search(rb"cmd_get (\d+)", line.recv(10000)).group(1))
-
-    with members(server.url(), "requests", 10) as them:
-        before = count()
-        them[0].get_members(b"requests").get()
-        return Figure(str(count() - before))
-
-
-# --- Sweeps ---
+# --- Signals ---
 
 
 def complaint(one, number):
     """Wait for the end after a signal; return what is wrong with it, or nothing."""
     try:
-        text, status = one.read(), one.process.wait(LIMIT)
+        if one.expect(["is taken", pexpect.EOF]) == 0:
+            # If the signal came during the join, it was lost, and the client waits for
+            # the name. (If it came later, the client has ended, and gets no other one.)
+            one.process.send_signal(number)
+            one.expect(pexpect.EOF)
+        text, status = one.transcript, one.process.wait(LIMIT)
     except (pexpect.TIMEOUT, subprocess.TimeoutExpired):
         return "it does not end"
     if "5. interrupted" in text and "4. members" not in text.split("5. int")[0]:
@@ -286,7 +197,7 @@ def complaint(one, number):
     return "" if status in (128 + number, -number) else f"exit status {status}"
 
 
-def any_moment(server, progress):
+def any_moment(server):
     """Send SIGINT and SIGTERM at any moment; return how often nothing was left behind."""
     url, group, times, ends = server.url(timeout=900), "moments", [], {}
     with (
@@ -301,24 +212,27 @@ def any_moment(server, progress):
         last = statistics.median(times) + 0.5
         for moment, number in itertools.product(range(MOMENTS), SIGNALS):
             after = last * moment / (MOMENTS - 1)
-            # No name comes twice: on memcached, a namesake that stops would hide a ghost.
+            # No name comes twice: on memcached, another client with the same name would,
+            # when it stops, hide a member that was left behind.
             name, begun = f"{number.name}.{after:.3f}", time.perf_counter()
             one = stack.enter_context(program(name, group, url))
             time.sleep(max(0, begun + after - time.perf_counter()))
             one.hit(number)
             # To leave is to wait, for up to a second: the next one starts meanwhile.
             ends[name] = threads.submit(complaint, one, number)
-            progress.update()
         bad = {name: end.result() for name, end in ends.items() if end.result()}
-        # Ghosts would stay for the whole lease: all of them are still there.
+        # Whoever was left behind stays for the whole lease: all of them are still there.
         for name in other.get_members(group.encode()).get() - {b"m000"}:
             bad[name.decode()] = "still a member"
     text = f"{len(ends.keys() - bad)} of {len(ends)} left nothing behind"
-    return Figure(text, "; ".join(": ".join(item) for item in bad.items()))
+    return text, "; ".join(": ".join(item) for item in bad.items())
 
 
-def at_namesakes(server, progress):
-    """Send signals to newcomers under a living member's name; return whom they hurt."""
+def taken_name(server):
+    """Send signals to clients that join under a living member's name, A.
+
+    Return how many of them did not remove A.
+    """
     url, group, bad = server.url(), "newcomers", []
     with (
         client("A", group, url, *STAY) as living,
@@ -331,67 +245,57 @@ def at_namesakes(server, progress):
                 time.sleep(JOINING * moment / (NEWCOMERS - 1))
                 newcomer.hit(number)
                 bad += filter(None, [complaint(newcomer, number)])
-            time.sleep(2 * SHOWN)  # The others look twice.
-            progress.update()
+            time.sleep(2 * SHOWN)  # The others poll twice.
     # Both have ended by now, the watcher first: so it has not seen the other one leave.
     gone = watcher.transcript.count("A gone")
     again = living.transcript.count("3. joined again")
     bad += [f"A gone {gone} times, joined again {again} times"] * bool(gone + again)
-    text = f"{NEWCOMERS - max(gone, again)} of {NEWCOMERS} threw nobody out"
-    return Figure(text, "; ".join(bad))
+    text = f"{NEWCOMERS - max(gone, again)} of {NEWCOMERS} removed nobody"
+    return text, "; ".join(bad)
 
 
 # --- The table ---
 
+ROWS = {
+    "start to first list": start_up,
+    "a join or a leave shows": changes,
+    "a crash shows": crashes,
+    "waiting among 2 members": lambda server: waiting(server, 2),
+    "waiting among 100 members": lambda server: waiting(server, 100),
+    "a signal at any moment": any_moment,
+    "a signal at a client that joins under a taken name": taken_name,
+}
 
-def figures(server, name, progress):
-    """Measure all on one backend: yield the rows' names, each with its Figure."""
 
-    def of(function, *size):
-        progress.set_description(" ".join(map(str, (name, function.__name__, *size))))
-        return function(server, progress, *size)
-
-    yield "start to first list", of(start_up)
-    for size in 2, 100:
-        joins, leaves = of(changes, size)
-        yield f"a join shows, among {size} members", joins
-        yield f"a leave shows, among {size} members", leaves
-    yield "a crash shows", of(crashes)
-    for size in WAITING:
-        yield f"waiting among {size} members", of(waiting, size)
-    yield "six join under one name at once: more than one gets in", of(namesakes)
-    yield "requests for one look, among 10 members", of(requests)
-    yield "a signal at any moment", of(any_moment)
-    yield "a signal at a namesake that is just joining", of(at_namesakes)
-    # The last, as it leaves a crowd behind.
-    yield f"{CROWD} clients start at once, until all show all", of(crowd)
+def version(server):
+    """Return the version that a server's command prints: only the number."""
+    text = subprocess.check_output([server, "--version"], text=True)
+    return re.search(r"\d[\d.]+", text).group()
 
 
 def main():
     """Measure all, print the table for the README, and say what is wrong."""
-    rows, wrong = {}, []
-    steps = 2 * RUNS + 2 * CHANGES + CRASHES + len(WAITING) * WATCHED + ROUNDS
-    steps += 2 * MOMENTS + NEWCOMERS + CROWD
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        tqdm(total=steps * len(NAMES), smoothing=0) as progress,
-    ):
+    rows, wrong = {what: [] for what in ROWS}, []
+    with tempfile.TemporaryDirectory() as folder:
         for name in NAMES:
             server = BACKENDS[name](pathlib.Path(folder)).start()
             try:
-                for what, figure in figures(server, name, progress):
-                    rows.setdefault(what, []).append(figure.text)
-                    if figure.wrong:
-                        wrong.append(f"{name}: {what}: {figure.text}: {figure.wrong}")
+                for what, measure in ROWS.items():
+                    print(f"{name}: {what}", file=sys.stderr)
+                    text, fault = measure(server)
+                    rows[what].append(text)
+                    if fault:
+                        wrong.append(f"{name}: {what}: {text}: {fault}")
             finally:
                 server.kill()
-    print("| | " + " | ".join(NAMES) + " |")
+    print("| what | " + " | ".join(NAMES) + " |")
     print("| --- " * (len(NAMES) + 1) + "|")
     for what, texts in rows.items():
         print(f"| {what} | " + " | ".join(texts) + " |")
     print(
-        f"\n{datetime.date.today():%Y-%m-%d}, {os.cpu_count()} cores, "
-        f"{platform.system()}, Python {platform.python_version()}, median / 95th percentile"
+        f"\n{datetime.date.today():%Y-%m-%d}, {platform.system()}, {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}, etcd {version('etcd')}, "
+        f"memcached {version('memcached')}, median / 95th percentile"
     )
     if wrong:
         sys.exit("\nNot as promised:\n" + "\n".join(wrong))
