@@ -96,7 +96,7 @@ def test_crash(backend, start):
     assert time.monotonic() - crashed > LEASE / 2 - 1.5
 
 
-@fault("suspended past its lease, then resumed")
+@fault("suspended for longer than its lease")
 def test_suspended(backend, start):
     """Both sides see it: gone for the others, and back again."""
     a, b = pair(start, backend.url(timeout=LEASE))
@@ -111,7 +111,7 @@ def test_suspended(backend, start):
     all_is_well(start, backend.url(timeout=LEASE), a, b)
 
 
-@fault("its connection is cut past its lease")
+@fault("cut off for longer than its lease")
 def test_cut_connection(backend, start, member, request):
     """B is gone, knows it, and comes back."""
     a = member("A", backend.url(timeout=LEASE))
@@ -130,7 +130,7 @@ def test_cut_connection(backend, start, member, request):
     assert [said.count(one) for one in ("error", "B gone", "again\r\n")] == [1, 1, 1]
 
 
-@fault("same name again, the first one lives")
+@fault("a second client with its name")
 def test_name_of_the_living(backend, start):
     """The second one waits for a lease, and gives up. The first one notices nothing."""
     url = backend.url(timeout=LEASE)
@@ -151,7 +151,7 @@ def test_name_of_the_living(backend, start):
     assert "3. joined again" not in said
 
 
-@fault("same name again, the first one crashed")
+@fault("a second client after a crash")
 def test_name_of_the_dead(backend, start):
     """The second one joins as soon as the first one's lease has expired."""
     url = backend.url(timeout=LEASE)
@@ -210,7 +210,7 @@ def test_restart_empty(backend, start):
     said_once(start, backend.url(timeout=10), backend.kill, backend.forget, (1, 2))
 
 
-@fault("the backend hangs, under half a lease")
+@fault("the backend hangs for less than half a lease")
 def test_hang(backend, start):
     """Nobody is gone."""
     said_once(start, backend.url(timeout=20), backend.pause, backend.resume)
@@ -239,7 +239,7 @@ def test_deleted(backend, start):
         assert client.transcript.count("3. joined again") <= 2
 
 
-@fault("the leader of three is killed")
+@fault("the leader is killed")
 def test_leader_killed(backend, start):
     """Nobody is gone, and a third one can join."""
     url = backend.url(timeout=10)
@@ -253,7 +253,7 @@ def test_leader_killed(backend, start):
     assert "3. joined again" not in said
 
 
-@fault("two of three are killed, then back")
+@fault("two of three are killed, then restarted")
 def test_majority_killed(backend, start):
     """Without a majority nothing is answered; with it the group lives on."""
     leader, (other, _) = backend.split()
@@ -267,7 +267,7 @@ def test_majority_killed(backend, start):
 
 
 @pytest.mark.alone
-@fault("50 clients join and leave together")
+@fault("50 clients join and leave at once")
 def test_crowd(backend, member, start):
     """All get in, the watcher sees all of them, and all get out."""
     url = backend.url(timeout=60)
