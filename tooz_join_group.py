@@ -10,7 +10,8 @@ Run it in two or three terminals at once, each under a name of its own:
     python tooz_join_group.py clientA group1
     python tooz_join_group.py clientB group1
 
-The lesson is the first function, join_and_watch(). It takes these steps:
+End one with Ctrl-C and one with kill -9: when do the others see it gone? The lesson is
+the first function, join_and_watch(). It takes these steps:
 
     1. create a coordinator and start its heartbeat
     2. create the group, or find that it exists already
@@ -19,17 +20,17 @@ The lesson is the first function, join_and_watch(). It takes these steps:
     5. wait, and show who comes and goes
     6. leave it and stop
 
-Backends matter: they keep the list of members. A Tooz URL names one:
+The backend keeps the list of members. A member stays listed for one lease after its last
+heartbeat: 30 seconds, 10 on files; ?timeout=5 in the URL makes it 5. Backends matter:
 
     etcd3+http://localhost       For groups that matter: etcd itself drops a member whose
                                  heartbeats have stopped, and keeps its data on disk.
-    memcached://127.0.0.1:11211  If you run it already: the members drop one another, and
-                                 a restart of memcached forgets all groups.
+    memcached://127.0.0.1:11211  For what may be lost: live members drop dead ones, and a
+                                 restart of memcached forgets all groups.
     file:///tmp/tooz             To learn and to test, on one host, without a server:
                                  each member skips those whose heartbeats have stopped.
 
-The default is $TOOZ_BACKEND_URL, or etcd's as above. The lease is how long a member stays
-listed after its last heartbeat: 30 seconds, 10 on files; ?timeout=5 in the URL makes it 5.
+The default URL is $TOOZ_BACKEND_URL, or etcd's as above.
 Exit status: 0 done, 1 could not do it, 2 wrong arguments, 128+n ended by signal n.
 
 It goes with the lesson "Creating, Joining and Leaving Groups" of The Hacker's Guide to
@@ -56,10 +57,11 @@ try:
 except ImportError as missing:
     sys.exit(f"{missing}. Try .venv/bin/python, or: pip install -r requirements.txt")
 
-POLL_EVERY = 0.25  # Seconds between two polls: who joins or leaves shows within 0.3 s.
+POLL_EVERY = 0.25  # Seconds between two polls: a join or a leave shows within 0.3 s.
 TIMEOUT = 5  # Seconds. A backend that takes longer to answer a poll counts as down.
 NOT_A_MEMBER = coordination.MemberNotJoined, coordination.GroupNotCreated
-URL_TIMEOUTS = "timeout", "membership_timeout", "lock_timeout", "leader_timeout"
+# The options of Tooz's URLs that set a lease.
+LEASES = "timeout", "membership_timeout", "lock_timeout", "leader_timeout"
 
 
 def join_and_watch(args, screen):
@@ -67,12 +69,12 @@ def join_and_watch(args, screen):
 
     `args` has our url, client, group, and wait, in seconds. The status is 0, or 128 + n
     after signal n, or 1 if we could not leave. Raises what Tooz and its driver raise in
-    steps 1 to 4: MemberAlreadyExist, for one, if our name is in the list already.
+    steps 1 to 4, such as MemberAlreadyExist if our name is in the list already.
     """
-    # 1. The coordinator is our connection to the backend. Its heart, a thread, sends two
-    #    heartbeats per lease; a member that sends none for a whole lease is dropped.
-    #    heartbeat() sends one, too, and returns "the number of seconds to wait before
-    #    sending a new heartbeat": the lease, unless the URL sets its timeouts apart.
+    # 1. The coordinator is our connection to the backend. Its heart is a thread that sends
+    #    heartbeats; a member that sends none for a whole lease is dropped. heartbeat()
+    #    sends one by hand. It returns "the number of seconds to wait before sending a new
+    #    heartbeat", at most: our lease. The heart waits for half of that.
     coordinator = coordination.get_coordinator(args.url, args.client.encode())
     coordinator.start(start_heart=True)
     lease = coordinator.heartbeat()
@@ -95,7 +97,8 @@ def join_and_watch(args, screen):
         try:
             coordinator.join_group(group_id).get(10)
         except coordination.MemberAlreadyExist:
-            coordinator.heart.stop()  # Or, on memcached, it keeps a crashed client listed.
+            # On memcached, our heartbeats keep a crashed client of this name listed.
+            coordinator.heart.stop()
             raise
         screen.say(f"3. joined {args.group} (lease: {lease:g} s)")
 
@@ -114,12 +117,12 @@ def join_and_watch(args, screen):
         try:
             coordinator.leave_group(group_id).get(10)
         except NOT_A_MEMBER:
-            pass  # We have been dropped already, which is as good.
+            pass  # We have been dropped already, which is just as good.
         except Exception as error:  # noqa: BLE001 (drivers raise what they like)
             cause = root_cause(error)
             screen.warn(f"could not leave {args.group}: {cause}; our lease will expire")
             return 1
-        coordinator.stop()  # The heart, too.
+        coordinator.stop()  # This stops the heart, too.
         screen.say(f"6. left {args.group} and stopped")
         return status
 
@@ -132,7 +135,7 @@ def caught_signals():
     """Collect Ctrl-C, SIGTERM and SIGHUP in the list that the `with` block gets.
 
     The handler raises nothing, so it interrupts no call of Tooz: the block checks the
-    list when it can. After the first signal Ctrl-C kills, in case leaving takes long.
+    list when it can. After the first signal, Ctrl-C kills us, in case leaving takes long.
     """
     caught, before = [], {}
 
@@ -142,7 +145,7 @@ def caught_signals():
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-        # What is ignored stays so: somebody may have started us with nohup.
+        # An ignored signal stays ignored: somebody may have started us with nohup.
         if signal.getsignal(number) != signal.SIG_IGN:
             before[number] = signal.signal(number, catch)
     try:
@@ -162,6 +165,7 @@ def watch(coordinator, args, lease, members, signals, screen):
     me, group_id = args.client.encode(), args.group.encode()
     end = time.monotonic() + args.wait
     down = False
+    # Not time.monotonic(): it may stand still while a laptop sleeps, and a lease does not.
     beats, expires = coordinator.heart.beats, time.time() + lease
     while not signals and (remaining := end - time.monotonic()) > 0:
         screen.status(f"{remaining:.0f} s remaining, {lease_bar(expires, lease)}")
@@ -183,9 +187,9 @@ def watch(coordinator, args, lease, members, signals, screen):
         if dropped:
             screen.say("3. joined again")
             screen.say(f"4. {listing(seen)}")
-        # A heartbeat renews our lease if it arrives. We count it when a poll has been
-        # answered since, which makes that likely, not certain: memcached's driver asks
-        # for no reply. (time.monotonic() may stand still while a laptop sleeps.)
+        # A heartbeat renews our lease if it arrives. We count it once a poll has been
+        # answered, too. Then it has most likely arrived; nobody can be certain, as
+        # memcached's driver asks for no reply to it.
         if dropped or coordinator.heart.beats != beats:
             beats, expires = coordinator.heart.beats, time.time() + lease
         # A group is a set: two differences tell who is new and who is missing. We say
@@ -211,22 +215,23 @@ def poll(coordinator, group_id):
 def join_again(coordinator, group_id):
     """Become a member again: we slept, were cut off, or the backend lost its data.
 
-    Raises what Tooz and its driver raise; then call it again.
+    Raises what Tooz and its driver raise. On an error, call it again.
     """
-    # A heartbeat comes first. On etcd it makes a new lease if ours has expired; without
-    # one we cannot join. On memcached and redis, without it, the others would drop us at
-    # their next poll. We stop the heart meanwhile: on etcd two heartbeats at once could
-    # make two leases, and nobody would renew the one that we join with.
+    # A heartbeat comes first. On etcd, a lease is an object: if ours has expired, the
+    # heartbeat makes a new one, and without one we cannot join. On memcached, the others
+    # would drop us at their next poll without a heartbeat. The heart stops meanwhile: on
+    # etcd, two heartbeats at once could make two leases, and nobody would renew the one
+    # that we join with.
     coordinator.heart.stop()
     try:
-        if coordinator.heart.wait(TIMEOUT):
+        if coordinator.heart.wait(TIMEOUT):  # True: it hangs in a heartbeat.
             raise coordination.OperationTimedOut("no answer to a heartbeat")
         coordinator.heartbeat()
     finally:
         coordinator.heart.start()
-    # Tooz's own call for steps 2 and 3, as the group may be gone, too. It returns no
-    # future, but waits. If our name is listed already, the heartbeat was enough (on
-    # files), or another client with our name was quicker: Tooz cannot tell.
+    # The group may be gone, too, so we use Tooz's call for steps 2 and 3 in one. It
+    # blocks, and returns no future. If our name is listed again, the heartbeat was enough
+    # (on files), or another client with our name was quicker: Tooz cannot tell.
     with contextlib.suppress(coordination.MemberAlreadyExist):
         coordinator.join_group_create(group_id)
 
@@ -235,8 +240,8 @@ def lease_bar(expires, lease):
     """Return a bar that shows what remains of our lease, in seconds; `expires` is a time.
 
     Once it has expired, the others may see us as gone, and while we are cut off nobody
-    can tell us so. A real member must stop acting as one by then, by itself, and leave a
-    margin: `expires` counts from a poll, which comes a little after the heartbeat.
+    can tell us. A real member must stop doing what only a member may do, by itself, and
+    with a margin: `expires` counts from a poll, which comes a little after the heartbeat.
     """
     left = max(0, round(expires - time.time()))
     bar = "#" * round(10 * left / lease)
@@ -244,20 +249,18 @@ def lease_bar(expires, lease):
 
 
 def name_comes_free(args, screen):
-    """Wait until no member has our name, at most a lease and 2 s; return whether it is so.
+    """Wait until our name is free, for a lease and 2 s at most; return whether it is.
 
     Another client with our name is alive, or it has crashed and its lease has not expired
     yet. Nobody can tell which, except by waiting.
     """
     me, group_id = args.client.encode(), args.group.encode()
-    # We poll under a name that no client can have: memcached's driver never drops the
-    # name that it runs under, and its stop() deletes the key that says it is alive.
+    # We poll under a name that no client can have. Under our own, memcached's driver would
+    # never drop the crashed client, and stop() would drop a live one.
     observer = coordination.get_coordinator(args.url, f"{args.client}?".encode())
     observer.start()
     limit = observer.heartbeat() + 2  # Backends drop a member a little late.
-    screen.warn(
-        f"{args.client} is taken; waiting {limit:g} s, in case that one crashed"
-    )
+    screen.warn(f"{args.client} is taken; waiting {limit:g} s, in case it has crashed")
     end = time.monotonic() + limit
     while taken := me in poll(observer, group_id):
         remaining = end - time.monotonic()
@@ -267,8 +270,8 @@ def name_comes_free(args, screen):
         screen.status(f"waiting for the name, {remaining:.0f} s remaining")
         time.sleep(POLL_EVERY)
     observer.stop()
-    # On files a member whose lease has expired is skipped, but its name is still refused,
-    # until somebody leaves under that name.
+    # On files, a member whose lease has expired is skipped, but its name is still refused:
+    # until somebody leaves under that name, as we do here for the crashed client.
     if not taken and urllib.parse.urlsplit(args.url).scheme == "file":
         crashed = coordination.get_coordinator(args.url, me)
         crashed.start()
@@ -313,7 +316,7 @@ def name(text):
 
 
 def seconds(text):
-    """Return a number of seconds; raise ArgumentTypeError if it is none, or negative."""
+    """Return a number of seconds; raise ArgumentTypeError if it is not one, or < 0."""
     with contextlib.suppress(ValueError):
         if float(text) >= 0:
             return float(text)
@@ -335,7 +338,7 @@ def tooz_url(text):
             good = all(host.hostname and host.port != 0 for host in hosts)
     use = "DRIVER://HOST[:PORT] or file:///PATH" if not good else ""
     for option, value in urllib.parse.parse_qsl(text.partition("?")[2]):
-        if option in URL_TIMEOUTS and not re.fullmatch(r"[1-9]\d{0,5}", value):
+        if option in LEASES and not re.fullmatch(r"[1-9]\d{0,5}", value):
             use = f"{option}=SECONDS, a whole number from 1 to 999999"
     if use:
         raise argparse.ArgumentTypeError(f"use {use} (here, or in $TOOZ_BACKEND_URL)")
@@ -356,7 +359,7 @@ def listing(members):
 
 
 class Screen:
-    """What the learner sees: each line at once, with our name before it.
+    """What the learner sees: each line immediately, with our name before it.
 
     The story goes to stdout, failures to stderr. A terminal has a status line, too.
     """
@@ -367,7 +370,7 @@ class Screen:
         self.erase = "\r\x1b[K" if terminal else ""  # Erases the status line.
 
     def say(self, text):
-        """Print a line of the story. That nobody reads it any more is a hang-up."""
+        """Print a line of the story. If nobody reads it any more, that is a hang-up."""
         try:
             print(f"{self.erase}{self.named(text)}\n{self.line}", end="", flush=True)
         except OSError:
@@ -380,7 +383,7 @@ class Screen:
             print(self.named(text), file=sys.stderr, flush=True)
 
     def status(self, text):
-        """Redraw the status line: in a terminal, unless we run in its background."""
+        """Redraw the status line, in a terminal, unless we run in the background."""
         self.line = ""
         # OSError means that stdout is not, or no longer, our terminal.
         with contextlib.suppress(OSError):
@@ -400,7 +403,7 @@ def main():
     """Run the program; return its exit status."""
     args = arguments()
     screen = Screen(args.client)
-    logging.disable()  # The heart logs each attempt of an outage. A service wants that.
+    logging.disable()  # The heart logs each heartbeat that fails. A service wants that.
     logging.captureWarnings(True)  # urllib3 has one for the Python of macOS.
     try:
         while True:
@@ -424,5 +427,5 @@ def main():
 
 
 if __name__ == "__main__":
-    # A request that is not answered keeps its thread, which sys.exit() would wait for.
+    # A request that hangs keeps a thread of Tooz busy; sys.exit() would wait for that.
     os._exit(main())

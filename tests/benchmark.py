@@ -1,6 +1,6 @@
 """Measure what the script costs: `tests/run benchmark` prints the README's figures.
 
-It measures one backend after the other, each on a server of its own, takes about ten
+It measures one backend after the other, each on a server of its own, takes about eight
 minutes, and wants the machine to itself. Two of the rows try what a test on a busy machine
 cannot aim at: a signal at any moment. If the script does not keep what it promises, as
 below, that is said after the table, and the exit status is 1.
@@ -101,12 +101,11 @@ def client(*arguments):
 
 def start_up(server):
     """Return how long the first list takes, and the ratio to the shortest script."""
-    ours, shortest = [], []
+    url, ours, shortest = server.url(), [], []
     for number in range(RUNS):
         # Each is killed once it has shown its list, so each has a group of its own.
-        here, there = f"ours{number}", f"shortest{number}"
-        script = command("A", here, server.url(), "--wait", "0")
-        lesson = [sys.executable, "-c", SHORTEST, "A", there, server.url(), "0"]
+        script = command("A", f"ours{number}", url, "--wait", "0")
+        lesson = [sys.executable, "-c", SHORTEST, "A", f"shortest{number}", url, "0"]
         for times, words in (ours, script), (shortest, lesson):
             begun = time.perf_counter()
             with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
@@ -127,8 +126,8 @@ def changes(server):
     ):
         other = coordination.get_coordinator(url, b"other")
         other.start()
-        both = {"joined": other.join_group, "gone": other.leave_group}
-        for what, act in [*both.items()] * CHANGES:
+        acts = [("joined", other.join_group), ("gone", other.leave_group)]
+        for what, act in acts * CHANGES:
             time.sleep(random.random() * SHOWN)  # Any moment between two polls.
             act(b"changes").get()
             begun = time.perf_counter()
@@ -178,8 +177,7 @@ def complaint(one, number):
     """Wait for the end after a signal; return what is wrong with it, or nothing."""
     try:
         if one.expect(["is taken", pexpect.EOF]) == 0:
-            # The signal came during the join, which lost it, and now the client waits for
-            # the name. (Or it came later, and has ended the client.)
+            # A signal during the join is lost: the client goes on to wait for the name.
             one.process.send_signal(number)
             one.expect(pexpect.EOF)
         text, status = one.transcript, one.process.wait(LIMIT)
@@ -228,7 +226,7 @@ def any_moment(server):
 
 
 def taken_name(server):
-    """Send signals to clients that join under a taken name; return whom they removed."""
+    """Send signals to clients that join under a taken name; count who removed nobody."""
     url, group, bad = server.url(), "newcomers", []
     with (
         client("A", group, url, *STAY) as living,
