@@ -359,5 +359,5 @@ def test_folder_deleted(backend, start, member):
 @on("file")
 def test_no_stdout(backend, start):
     """A client takes its steps although there is nowhere to print."""
-    b = start("B", backend.url(), "--wait", "1", under=["bash", "-c", '"$@" >&-', "-"])
-    b.ends(0)
+    under = ["bash", "-c", '"$@" >&-', "-"]
+    start("B", backend.url(), "--wait", "1", under=under).ends(0)
