@@ -91,8 +91,7 @@ def test_crash(backend, start):
     b.hit(signal.SIGKILL)
     crashed = time.monotonic()
     a.sees(f"{CLOCK} B gone, members: A\n")
-    # Its last heartbeat was about half a lease old at most, and servers count whole
-    # seconds. A client that leaves is gone in a third of a second.
+    # Its last heartbeat was half a lease old at most, and servers count whole seconds.
     assert time.monotonic() - crashed > LEASE / 2 - 1.5
 
 

@@ -209,16 +209,11 @@ def test_mistake_of_a_learner(backend, tmp_path, call):
     assert "NameError: name 'typo' is not defined" in done.stderr
 
 
-def test_inline_metadata():
-    """`uv run` reads the script's own list of packages: the same as requirements.txt."""
+def test_files():
+    """One script, which names the same packages for `uv run`; nothing else at the top."""
     required = (ROOT / "requirements.txt").read_text().split()
     assert f"# dependencies = {json.dumps(required)}\n# ///\n" in SCRIPT.read_text()
-    assert '# requires-python = ">=3.9"\n' in SCRIPT.read_text()
     assert len(required) == 3
-
-
-def test_shape():
-    """One script, and beside it nothing but what a reader or a test needs."""
     files = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).split()
     here = ".ci .gitignore README.md requirements.txt tests tooz_join_group.py"
     assert {name.split("/")[0] for name in files} == {*here.split()}

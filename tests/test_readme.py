@@ -6,6 +6,7 @@ import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -25,7 +26,6 @@ from conftest import (
     table,
     wait_until,
 )
-from port_for import port_is_used
 from test_faults import UNTRIED
 
 BLOCKS = [
@@ -53,6 +53,11 @@ def said_by(name, text):
     """Return the lines of a client, without what changes from run to run."""
     text = re.sub(r"\d\d:\d\d:\d\d", "HH:MM:SS", text.replace("\r", ""))
     return [line for line in text.splitlines() if line.startswith(f"{name}: ")]
+
+
+def answers(port):
+    """Tell whether somebody listens there."""
+    return socket.socket().connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture
@@ -177,8 +182,8 @@ def test_names_of_functions():
 def test_etcd(shell):
     """With etcd: look at the keys, then break it."""
     command, _ = block("etcd --data-dir")
-    etcd = None if port_is_used(2379) else shell(QUIET, command)
-    wait_until(lambda: port_is_used(2379))
+    etcd = None if answers(2379) else shell(QUIET, command)
+    wait_until(lambda: answers(2379))
     a = shell(client("clientA group1 --wait"))
     a.sees("lease: 30 s", "4. members: clientA\r\n", "lease .#")
     b = shell(client("clientB group1 etcd3+http://localhost "))
@@ -196,7 +201,7 @@ def test_etcd(shell):
     b.sees("clientB: 3. joined again", "clientB: 6. left")
 
     gateway = shell(QUIET, block("etcd gateway start --endpoints")[0])
-    wait_until(lambda: port_is_used(23790))
+    wait_until(lambda: answers(23790))
     b = shell(client("clientB group1 'etcd3+http://127.0.0.1:23790"))
     a.sees("clientB joined")
     b.sees("lease .#")
@@ -223,8 +228,8 @@ def test_etcd(shell):
 def test_memcached(shell):
     """With memcached: look at the keys, then restart it."""
     command, _ = block("memcached -u memcache\n")
-    memcached = None if port_is_used(11211) else shell(QUIET, command)
-    wait_until(lambda: port_is_used(11211))
+    memcached = None if answers(11211) else shell(QUIET, command)
+    wait_until(lambda: answers(11211))
     a = shell(client("clientA group1 memcached:"))
     a.sees("4. members: clientA\r\n")
     b = shell(client("clientB group1 memcached:"))
@@ -252,7 +257,7 @@ def test_cluster(shell):
     """The commands of the cluster; one node is killed."""
     nodes = shell(block("for n in 1 2 3")[0])
     for port in 12379, 22379, 32379, 23791:
-        wait_until(lambda port=port: port_is_used(port))
+        wait_until(lambda port=port: answers(port))
     command = client("clientA group1 'etcd3+http://127.0.0.1:23791")
     a = shell(command)
     a.sees("4. members: clientA\r\n")
