@@ -57,7 +57,8 @@ def said_by(name, text):
 
 def answers(port):
     """Tell whether somebody listens there."""
-    return socket.socket().connect_ex(("127.0.0.1", port)) == 0
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture
