@@ -252,13 +252,13 @@ def taken_name(server):
 # --- The table ---
 
 ROWS = {
-    "start to first list, and beside the 21 lines": start_up,
+    "start to first list, and relative to the 21 lines": start_up,
     "a join or a leave shows": changes,
     "a crash shows": crashes,
     "waiting among 2 members": lambda server: waiting(server, 2),
     "waiting among 100 members": lambda server: waiting(server, 100),
     "a signal at any moment leaves nothing behind": any_moment,
-    "a signal at a client with a taken name removes nobody": taken_name,
+    "a signal to a client whose name is taken removes nobody": taken_name,
 }
 
 

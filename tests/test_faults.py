@@ -129,7 +129,7 @@ def test_cut_connection(backend, start, member, request):
     assert [said.count(one) for one in ("error", "B gone", "again\r\n")] == [1, 1, 1]
 
 
-@fault("a second client with its name")
+@fault("a second client with the same name")
 def test_name_of_the_living(backend, start):
     """The second one waits for a lease, and gives up. The first one notices nothing."""
     url = backend.url(timeout=LEASE)
@@ -148,7 +148,7 @@ def test_name_of_the_living(backend, start):
     assert "3. joined again" not in said
 
 
-@fault("a second client after a crash")
+@fault("the same, after the first one crashed")
 def test_name_of_the_dead(backend, start):
     """The second one joins as soon as the first one's lease has expired."""
     url = backend.url(timeout=LEASE)
