@@ -171,9 +171,8 @@ def watch(coordinator, args, lease, members, signals, screen):
         screen.status(f"{remaining:.0f} s remaining, {lease_bar(expires, lease)}")
         time.sleep(min(remaining, POLL_EVERY))
         try:
-            seen = poll(coordinator, group_id)
-            dropped = me not in seen
-            if dropped:
+            found = seen = poll(coordinator, group_id)
+            if me not in found:
                 join_again(coordinator, group_id)
                 seen = poll(coordinator, group_id)
         except Exception as error:  # noqa: BLE001 (drivers raise what they like)
@@ -182,15 +181,15 @@ def watch(coordinator, args, lease, members, signals, screen):
             down = True
             continue
         if down:
-            screen.say(f"backend is back, {listing(seen)}")
+            screen.say(f"backend is back, {listing(found)}")
         down = False
-        if dropped:
+        if me not in found:
             screen.say("3. joined again")
             screen.say(f"4. {listing(seen)}")
         # A heartbeat renews our lease if it arrives. We count it once a poll has been
         # answered, too. Then it has most likely arrived; nobody can be certain, as
         # memcached's driver asks for no reply to it.
-        if dropped or coordinator.heart.beats != beats:
+        if me not in found or coordinator.heart.beats != beats:
             beats, expires = coordinator.heart.beats, time.time() + lease
         # A group is a set: two differences tell who is new and who is missing. We say
         # "gone", as the list does not tell who left from who crashed.
@@ -242,6 +241,7 @@ def lease_bar(expires, lease):
     Once it has expired, the others may see us as gone, and while we are cut off nobody
     can tell us. A real member must stop doing what only a member may do, by itself, and
     with a margin: `expires` counts from a poll, which comes a little after the heartbeat.
+    (While a poll waits for its answer, the bar is not redrawn, but the lease runs on.)
     """
     left = max(0, round(expires - time.time()))
     bar = "#" * round(10 * left / lease)
@@ -260,7 +260,9 @@ def name_comes_free(args, screen):
     observer = coordination.get_coordinator(args.url, f"{args.client}?".encode())
     observer.start()
     limit = observer.heartbeat() + 2  # Backends drop a member a little late.
-    screen.warn(f"{args.client} is taken; waiting {limit:g} s, in case it has crashed")
+    screen.warn(
+        f"{args.client} is taken; waiting up to {limit:g} s, in case it crashed"
+    )
     end = time.monotonic() + limit
     while taken := me in poll(observer, group_id):
         remaining = end - time.monotonic()
