@@ -259,12 +259,12 @@ def test_cluster(shell):
     nodes = shell(block("for n in 1 2 3")[0])
     for port in 12379, 22379, 32379, 23791:
         wait_until(lambda port=port: answers(port))
-    command = client("clientA group1 'etcd3+http://127.0.0.1:23791")
-    a = shell(command)
+    a = shell(client("clientA group1 'etcd3+http://127.0.0.1:23791"))
     a.sees("4. members: clientA\r\n")
     shell(block("etcdctl --endpoints")[0]).sees("IS LEADER", ":32379")
     nodes.send(block("kill -9 %1")[0])
-    shell(command.replace("clientA", "clientB"))
+    b = "clientB", GROUP, "etcd3+http://127.0.0.1:23791?timeout=10", "--wait", "1"
+    wait_until(lambda: run(*b).returncode == 0)  # When the others have a leader.
     a.sees("clientB joined, members: clientA, clientB\r\n")
     assert "gone" not in a.transcript
 
