@@ -5,7 +5,7 @@
 # ///
 """How do my nodes know who is alive? They join a group, with Tooz.
 
-Run it in two or three terminals at once, each under a name of its own:
+Run it in two or three terminals at once, each with its own name:
 
     python tooz_join_group.py clientA group1
     python tooz_join_group.py clientB group1
@@ -20,18 +20,19 @@ the first function, join_and_watch(). It takes these steps:
     5. wait, and show who comes and goes
     6. leave it and stop
 
-The backend keeps the list of members. A member stays listed for one lease after its last
-heartbeat: 30 seconds, 10 on files; ?timeout=5 in the URL makes it 5. Backends matter:
+The backend keeps the list of members. A member stays listed for one lease after its
+last heartbeat: 30 seconds, 10 on files; ?timeout=5 in the URL makes it 5. Backends
+matter:
 
-    etcd3+http://localhost       For groups that matter: etcd itself drops a member whose
-                                 heartbeats have stopped, and keeps its data on disk.
-    memcached://127.0.0.1:11211  For what may be lost: live members drop dead ones, and a
-                                 restart of memcached forgets all groups.
+    etcd3+http://localhost       For groups that matter: etcd drops a member by itself
+                                 when its heartbeats stop, and keeps its data on disk.
+    memcached://127.0.0.1:11211  For what may be lost: live members drop dead ones, and
+                                 a restart of memcached forgets all groups.
     file:///tmp/tooz             To learn and to test, on one host, without a server:
-                                 each member skips those whose heartbeats have stopped.
+                                 members skip those whose heartbeats have stopped.
 
 The default URL is $TOOZ_BACKEND_URL, or etcd's as above.
-Exit status: 0 done, 1 could not do it, 2 wrong arguments, 128+n ended by signal n.
+Exit status: 0 done, 1 failed, 2 wrong arguments, 128+n ended by signal n.
 
 It goes with the lesson "Creating, Joining and Leaving Groups" of The Hacker's Guide to
 Scaling Python: https://www.educative.io/courses/hackers-guide-scaling-python
@@ -39,7 +40,7 @@ Scaling Python: https://www.educative.io/courses/hackers-guide-scaling-python
 
 import signal
 
-# Until step 3 Ctrl-C ends us at once, even during the imports, without a traceback.
+# Until step 3, Ctrl-C ends us at once and without a traceback, even during the imports.
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -60,7 +61,7 @@ except ImportError as missing:
 POLL_EVERY = 0.25  # Seconds between two polls: a join or a leave shows within 0.3 s.
 TIMEOUT = 5  # Seconds. A backend that takes longer to answer a poll counts as down.
 NOT_A_MEMBER = coordination.MemberNotJoined, coordination.GroupNotCreated
-# The options of Tooz's URLs that set a lease.
+# Options of Tooz's URLs that set a lease, in whole seconds.
 LEASES = "timeout", "membership_timeout", "lock_timeout", "leader_timeout"
 
 
@@ -71,10 +72,10 @@ def join_and_watch(args, screen):
     after signal n, or 1 if we could not leave. Raises what Tooz and its driver raise in
     steps 1 to 4, such as MemberAlreadyExist if our name is in the list already.
     """
-    # 1. The coordinator is our connection to the backend. Its heart is a thread that sends
-    #    heartbeats; a member that sends none for a whole lease is dropped. heartbeat()
-    #    sends one by hand. It returns "the number of seconds to wait before sending a new
-    #    heartbeat", at most: our lease. The heart waits for half of that.
+    # 1. The coordinator is our connection to the backend. Its heart is a thread that
+    #    sends heartbeats; a member that sends none for a whole lease is dropped.
+    #    heartbeat() sends one, too, and returns the "number of seconds to wait before
+    #    sending a new heartbeat": our lease. The heart waits for half of that.
     coordinator = coordination.get_coordinator(args.url, args.client.encode())
     coordinator.start(start_heart=True)
     lease = coordinator.heartbeat()
@@ -89,9 +90,9 @@ def join_and_watch(args, screen):
     except coordination.GroupAlreadyExist:
         screen.say(f"2. {args.group} exists already")
 
-    # A member killed by Ctrl-C would stay listed until its lease expires. So from here on
-    # signals are only collected: they end step 5, and we leave in step 6. As a signal has
-    # to wait for the call that is running, each get() has a limit, in seconds.
+    # A member killed by Ctrl-C would stay listed until its lease expires. So from here
+    # on, signals are only collected: they end step 5, and we leave in step 6. A signal
+    # has to wait for the call that is running, so each get() has a limit, in seconds.
     with caught_signals() as signals:
         # 3. From now on the backend lists us, for as long as our heart beats.
         try:
@@ -135,7 +136,7 @@ def caught_signals():
     """Collect Ctrl-C, SIGTERM and SIGHUP in the list that the `with` block gets.
 
     The handler raises nothing, so it interrupts no call of Tooz: the block checks the
-    list when it can. After the first signal, Ctrl-C kills us, in case leaving takes long.
+    list when it can. After the first signal, Ctrl-C kills us: leaving may take long.
     """
     caught, before = [], {}
 
@@ -159,13 +160,13 @@ def watch(coordinator, args, lease, members, signals, screen):
     """Show who joins and leaves, for `args.wait` seconds or until a signal is caught.
 
     `lease` is in seconds; `members`, a set of bytes, is the list shown last. Tooz has
-    watchers, but they poll, too: watch_join_group() registers a callback, run_watchers()
-    in tooz/coordination.py calls get_members() and takes the same two differences.
+    watchers, but they poll as well: watch_join_group() registers a callback, and
+    run_watchers() calls get_members() and takes the same two differences.
     """
     me, group_id = args.client.encode(), args.group.encode()
     end = time.monotonic() + args.wait
     down = False
-    # Not time.monotonic(): it may stand still while a laptop sleeps, and a lease does not.
+    # While a laptop sleeps, time.monotonic() may stand still; our lease does not.
     beats, expires = coordinator.heart.beats, time.time() + lease
     while not signals and (remaining := end - time.monotonic()) > 0:
         screen.status(f"{remaining:.0f} s remaining, {lease_bar(expires, lease)}")
@@ -187,12 +188,12 @@ def watch(coordinator, args, lease, members, signals, screen):
             screen.say("3. joined again")
             screen.say(f"4. {listing(seen)}")
         # A heartbeat renews our lease if it arrives. We count it once a poll has been
-        # answered, too. Then it has most likely arrived; nobody can be certain, as
-        # memcached's driver asks for no reply to it.
+        # answered since: by then it has most likely arrived. Nobody can be certain, as
+        # memcached's driver asks for no reply.
         if me not in found or coordinator.heart.beats != beats:
             beats, expires = coordinator.heart.beats, time.time() + lease
         # A group is a set: two differences tell who is new and who is missing. We say
-        # "gone", as the list does not tell who left from who crashed.
+        # "gone", as the list does not tell a member that left from one that crashed.
         news = [(shown(who), "joined") for who in seen - members - {me}]
         news += [(shown(who), "gone") for who in members - seen - {me}]
         for who, what in sorted(news):
@@ -217,30 +218,30 @@ def join_again(coordinator, group_id):
     Raises what Tooz and its driver raise. On an error, call it again.
     """
     # A heartbeat comes first. On etcd, a lease is an object: if ours has expired, the
-    # heartbeat makes a new one, and without one we cannot join. On memcached, the others
-    # would drop us at their next poll without a heartbeat. The heart stops meanwhile: on
-    # etcd, two heartbeats at once could make two leases, and nobody would renew the one
-    # that we join with.
+    # heartbeat makes a new one, and without a lease we cannot join. On memcached, the
+    # others would drop us at their next poll if it had not been sent. The heart stops
+    # meanwhile: on etcd, two heartbeats at once could make two leases, and nobody would
+    # renew the one that we join with.
     coordinator.heart.stop()
     try:
-        if coordinator.heart.wait(TIMEOUT):  # True: it hangs in a heartbeat.
-            raise coordination.OperationTimedOut("no answer to a heartbeat")
+        if coordinator.heart.wait(TIMEOUT):  # True: the thread still runs.
+            raise coordination.OperationTimedOut("the heartbeat hangs, or fails")
         coordinator.heartbeat()
     finally:
         coordinator.heart.start()
     # The group may be gone, too, so we use Tooz's call for steps 2 and 3 in one. It
-    # blocks, and returns no future. If our name is listed again, the heartbeat was enough
-    # (on files), or another client with our name was quicker: Tooz cannot tell.
+    # blocks, and returns no future. If our name is listed already, the heartbeat was
+    # enough (on files), a join of ours arrived late, or another client took the name.
     with contextlib.suppress(coordination.MemberAlreadyExist):
         coordinator.join_group_create(group_id)
 
 
 def lease_bar(expires, lease):
-    """Return a bar that shows what remains of our lease, in seconds; `expires` is a time.
+    """Return a bar: what remains of our lease, in seconds, until the time it expires.
 
     Once it has expired, the others may see us as gone, and while we are cut off nobody
-    can tell us. A real member must stop doing what only a member may do, by itself, and
-    with a margin: `expires` counts from a poll, which comes a little after the heartbeat.
+    can tell us. A real member must notice that by itself, and stop doing what only a
+    member may do, early: `expires` counts from a poll, some time after the heartbeat.
     (While a poll waits for its answer, the bar is not redrawn, but the lease runs on.)
     """
     left = max(0, round(expires - time.time()))
@@ -251,12 +252,12 @@ def lease_bar(expires, lease):
 def name_comes_free(args, screen):
     """Wait until our name is free, for a lease and 2 s at most; return whether it is.
 
-    Another client with our name is alive, or it has crashed and its lease has not expired
-    yet. Nobody can tell which, except by waiting.
+    Another client with our name is alive, or it has crashed and its lease may not have
+    expired yet. Nobody can tell which, except by waiting.
     """
     me, group_id = args.client.encode(), args.group.encode()
-    # We poll under a name that no client can have. Under our own, memcached's driver would
-    # never drop the crashed client, and stop() would drop a live one.
+    # We poll under a name that no client can have. Under our own, memcached's driver
+    # would never drop the crashed client, and stop() would drop a live one.
     observer = coordination.get_coordinator(args.url, f"{args.client}?".encode())
     observer.start()
     limit = observer.heartbeat() + 2  # Backends drop a member a little late.
@@ -264,22 +265,20 @@ def name_comes_free(args, screen):
         f"{args.client} is taken; waiting up to {limit:g} s, in case it crashed"
     )
     end = time.monotonic() + limit
-    while taken := me in poll(observer, group_id):
-        remaining = end - time.monotonic()
-        if remaining < 0:
-            screen.warn(f"{args.client} is still taken: choose another name")
-            break
-        screen.status(f"waiting for the name, {remaining:.0f} s remaining")
+    while (taken := me in poll(observer, group_id)) and time.monotonic() < end:
+        screen.status(f"waiting for the name, {end - time.monotonic():.0f} s remaining")
         time.sleep(POLL_EVERY)
-    observer.stop()
-    # On files, a member whose lease has expired is skipped, but its name is still refused:
-    # until somebody leaves under that name, as we do here for the crashed client.
-    if not taken and urllib.parse.urlsplit(args.url).scheme == "file":
+    if taken:
+        screen.warn(f"{args.client} is still taken: choose another name")
+    elif urllib.parse.urlsplit(args.url).scheme == "file":
+        # On files, a member whose lease has expired is skipped, but its name is still
+        # refused until somebody leaves under it, as we do here for the crashed client.
         crashed = coordination.get_coordinator(args.url, me)
         crashed.start()
         with contextlib.suppress(*NOT_A_MEMBER):
             crashed.leave_group(group_id).get(TIMEOUT)
         crashed.stop()
+    observer.stop()
     return not taken
 
 
@@ -288,7 +287,7 @@ def root_cause(error):
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
     message = getattr(error, "detail_text", "") or str(error) or "no answer"
-    # In detail_text etcd3gw keeps what etcd answered: JSON, with a message.
+    # In detail_text etcd3gw keeps the answer: etcd's is JSON, with a message.
     message = re.sub(r'(?s)^{.*"message": ?"([^"]+)".*', r"\1", message)
     return f"{type(error).__name__}: {shown(message.strip())[:200]}"
 
@@ -310,15 +309,15 @@ def arguments():
 
 
 def name(text):
-    """Return the name of a client or a group; raise ArgumentTypeError if it is not one."""
-    # A "/" would put one group into another on etcd; memcached's keys have no spaces.
+    """Return the name of a client or a group; raise ArgumentTypeError if it is odd."""
+    # On etcd, a "/" would nest one group in another; memcached's keys take no spaces.
     if re.fullmatch(r"[A-Za-z0-9._-]{1,100}", text):
         return text
     raise argparse.ArgumentTypeError("use 1 to 100 of A-Z a-z 0-9 . _ -")
 
 
 def seconds(text):
-    """Return a number of seconds; raise ArgumentTypeError if it is not one, or < 0."""
+    """Return a number of seconds; raise ArgumentTypeError unless it is 0 or more."""
     with contextlib.suppress(ValueError):
         if float(text) >= 0:
             return float(text)
@@ -326,12 +325,12 @@ def seconds(text):
 
 
 def tooz_url(text):
-    """Return the URL; raise ArgumentTypeError for mistakes that Tooz lets pass.
+    """Return the URL; raise ArgumentTypeError if it lacks a host or has an odd lease.
 
-    Without a host most drivers silently take localhost. With a lease of 0 memcached keeps
-    a member for ever, and the heart never rests.
+    Without a host, most drivers silently take localhost. With a lease of 0, memcached
+    keeps a member for ever, and the heart never rests.
     """
-    good = re.match("(?i)file:///.", text)
+    good = re.match("(?i)file:///[^?#]", text)
     with contextlib.suppress(ValueError):  # Its message may show part of a password.
         url = urllib.parse.urlsplit(text)
         hosts = url.netloc.rpartition("@")[2].split(",")  # ZooKeeper takes several.
@@ -405,15 +404,15 @@ def main():
     """Run the program; return its exit status."""
     args = arguments()
     screen = Screen(args.client)
-    logging.disable()  # The heart logs each heartbeat that fails. A service wants that.
-    logging.captureWarnings(True)  # urllib3 has one for the Python of macOS.
+    logging.disable()  # The heart logs its failures. Keep that log in a service.
+    logging.captureWarnings(True)  # urllib3 warns about the SSL library of macOS.
     try:
         while True:
             screen.status(f"asking {args.url}")
             try:
                 return join_and_watch(args, screen)
             except coordination.MemberAlreadyExist:
-                pass  # Handled below, or later errors would have this one as a cause.
+                pass  # Handled below, or later errors would have this one as context.
             if not name_comes_free(args, screen):
                 return 1
     except Exception as error:  # noqa: BLE001 (drivers raise what they like)
@@ -429,5 +428,5 @@ def main():
 
 
 if __name__ == "__main__":
-    # A request that hangs keeps a thread of Tooz busy; sys.exit() would wait for that.
+    # A request that hangs keeps a thread of Tooz busy; sys.exit() would wait for it.
     os._exit(main())

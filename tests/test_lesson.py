@@ -72,7 +72,7 @@ URL = "use DRIVER://HOST[:PORT] or file:///PATH (here, or in $TOOZ_BACKEND_URL)"
 OPTION = "timeout=SECONDS, a whole number from 1 to 999999"
 URLS = """localhost etcd3+http:10.0.0.5 etcd3+http://:2379 memcached:///127.0.0.1:11999
     memcached://localhost:99999 etcd3+http://localhost:abc etcd3+http://[::1
-    zookeeper://h1:2181,:2182 file://relative/path file:/path"""
+    zookeeper://h1:2181,:2182 file://relative/path file:/path file:///?timeout=5"""
 
 
 @pytest.mark.parametrize(
