@@ -252,7 +252,7 @@ def taken_name(server):
 # --- The table ---
 
 ROWS = {
-    "start to first list, and relative to the 21 lines": start_up,
+    "start to first list, and ratio to the 21 lines": start_up,
     "a join or a leave shows": changes,
     "a crash shows": crashes,
     "waiting among 2 members": lambda server: waiting(server, 2),
