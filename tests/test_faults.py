@@ -231,7 +231,7 @@ def test_deleted(backend, start):
     backend.wipe()
     for client in a, b:
         client.sees("3. joined again\n", "4. members: ")
-    all_is_well(start, backend.url(), a, b)
+    assert "error" not in all_is_well(start, backend.url(), a, b)
     for client in a, b:
         assert client.transcript.count("3. joined again") <= 2
 

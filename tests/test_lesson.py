@@ -122,8 +122,8 @@ def test_names_of_others(backend, member, monkeypatch):
     [
         ("file", "etcd3+http://localhost:1", "ConnectionRefusedError: .* refused"),
         ("file", "memcached://localhost:1", "ConnectionRefusedError: .* refused"),
-        ("file", "etcd3+http://127.0.0.1:SILENT?timeout=1", "TimeoutError: timed out"),
-        ("file", "memcached://127.0.0.1:SILENT?timeout=1", "TimeoutError: timed out"),
+        ("file", "etcd3+http://127.0.0.1:SILENT?timeout=1", "imeout.*: timed out"),
+        ("file", "memcached://127.0.0.1:SILENT?timeout=1", "imeout.*: timed out"),
         ("file", "etcd3+http://nosuch.invalid", "gaierror: "),
         ("file", "etcd4://localhost", "NoMatches: No .* driver found.* 'etcd4'"),
         ("file", "redis://h?socket_timeout=0.5", "ModuleNotFoundError: .*'redis'"),
