@@ -336,11 +336,9 @@ def test_reader_goes_away(backend, start, member, under, status):
     b = start("B", backend.url(), "--wait", "8", under=under)
     b.sees("4. members: A, B\n")
     b.close()
-    began = time.monotonic()
     start("C", backend.url())  # Gives B something to say.
     a.sees("B gone, members: A, C")
     assert b.process.wait(LIMIT) == status
-    assert status or time.monotonic() - began > 5
 
 
 @on("file")
