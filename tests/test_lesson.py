@@ -131,7 +131,6 @@ def test_names_of_others(backend, member, monkeypatch):
         ("file", "file:///dev/null/x", "NotADirectoryError: .*/dev/null/x"),
         ("etcd", "memcached://127.0.0.1:PORT", "MemcacheUnexpected|Broken|Reset"),
         ("etcd", "etcd3+http://127.0.0.1:PORT?api_version=v9", ": 404 page not found"),
-        ("etcd", "etcd3+https://127.0.0.1:PORT", "SSL\\w*Error: "),
         ("memcached", "etcd3+http://127.0.0.1:PORT", "RemoteDisconnected: "),
     ],
     indirect=["backend"],
