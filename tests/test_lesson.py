@@ -61,9 +61,8 @@ def test_narrow_terminal(backend, start, name, columns):
     a = start(name, backend.url(), "--wait", "1", terminal=True, columns=columns)
     a.ends(0)
     shown = "".join("".join(screen(a.transcript, columns)).split())
-    assert shown == "".join(
-        run(name, GROUP, backend.url(), "--wait", "1").stdout.split()
-    )
+    piped = run(name, GROUP, backend.url(), "--wait", "1").stdout
+    assert shown == "".join(piped.split())
 
 
 NAME = "use 1 to 100 of A-Z a-z 0-9 . _ -"
