@@ -10,48 +10,45 @@ Run it in two or three terminals at once, each with its own name:
     python tooz_join_group.py clientA group1
     python tooz_join_group.py clientB group1
 
-End one with Ctrl-C and one with kill -9: when do the others see it gone? The lesson is
-the first function, join_and_watch(). It takes these steps:
+End one with Ctrl-C and one with kill -9: when do the others see it gone? The
+lesson is the first function, join_and_watch(), in six numbered steps.
 
-    1. create a coordinator and start its heartbeat
-    2. create the group, or find that it exists already
-    3. join it
-    4. print its members
-    5. wait, and show who comes and goes
-    6. leave it and stop
+    group        a named set of zero or more members
+    backend      a server, or a folder, that keeps the groups and their members
+    coordinator  a client's connection to the backend
+    heartbeat    what a coordinator sends about twice per lease: I am alive
+    lease        how long a member stays one after its last heartbeat: 30 s,
+                 10 s on files; with ?timeout=5 at the end of the URL, 5 s
+    future       what a call returns while it still runs; get() waits for it
 
-The backend keeps the list of members. A member stays listed for one lease after its
-last heartbeat: 30 seconds, 10 on files; ?timeout=5 in the URL makes it 5. Backends
-matter:
+Backends matter:
 
-    etcd3+http://localhost       For groups that matter: etcd drops a member by itself
-                                 when its heartbeats stop, and keeps its data on disk.
-    memcached://127.0.0.1:11211  For what may be lost: live members drop dead ones, and
-                                 a restart of memcached forgets all groups.
-    file:///tmp/tooz             To learn and to test, on one host, without a server:
-                                 members skip those whose heartbeats have stopped.
+    etcd3+http://localhost       For groups that matter: etcd drops a member
+                                 when its lease expires, and keeps its data on
+                                 disk.
+    memcached://127.0.0.1:11211  For what may be lost: members that poll drop
+                                 the dead ones, and after a restart of
+                                 memcached all groups are gone.
+    file:///tmp/tooz             To learn and to test, on one host, without a
+                                 server: members that poll skip the dead ones.
 
 The default URL is $TOOZ_BACKEND_URL, or etcd's as above.
 Exit status: 0 done, 1 failed, 2 wrong arguments, 128+n ended by signal n.
 
-It goes with the lesson "Creating, Joining and Leaving Groups" of The Hacker's Guide to
-Scaling Python: https://www.educative.io/courses/hackers-guide-scaling-python
+It goes with the lesson "Creating, Joining and Leaving Groups" of The Hacker's
+Guide to Scaling Python:
+https://www.educative.io/courses/hackers-guide-scaling-python
 """
-
-import signal
-
-# Until step 3, Ctrl-C ends us at once and without a traceback, even during the imports.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import contextlib
 import logging
+import math
 import os
 import re
+import signal
 import sys
 import time
-import urllib.parse
 
 try:
     from tooz import coordination
@@ -59,73 +56,121 @@ except ImportError as missing:
     sys.exit(f"{missing}. Try .venv/bin/python, or: pip install -r requirements.txt")
 
 POLL_EVERY = 0.25  # Seconds between two polls: a join or a leave shows within 0.3 s.
-TIMEOUT = 5  # Seconds. A backend that takes longer to answer a poll counts as down.
+POLL_LIMIT = 5  # Seconds. A backend that takes longer to answer a poll counts as down.
+LIMIT = 10  # Seconds for other calls. In a crowd, a join on memcached takes some.
 NOT_A_MEMBER = coordination.MemberNotJoined, coordination.GroupNotCreated
-# Options of Tooz's URLs that set a lease, in whole seconds.
-LEASES = "timeout", "membership_timeout", "lock_timeout", "leader_timeout"
 
 
-def join_and_watch(args, screen):
+def join_and_watch(args):
     """Take the six steps; return the exit status.
 
-    `args` has our url, client, group, and wait, in seconds. The status is 0, or 128 + n
-    after signal n, or 1 if we could not leave. Raises what Tooz and its driver raise in
-    steps 1 to 4, such as MemberAlreadyExist if our name is in the list already.
+    `args` is what arguments() returns. The status is 0, or 128 + n after signal n, or 1
+    if we could not leave. Raises what Tooz and its driver raise in steps 1 to 4, such
+    as MemberAlreadyExist if our name is in the list already.
     """
     # 1. The coordinator is our connection to the backend. Its heart is a thread that
     #    sends heartbeats; a member that sends none for a whole lease is dropped.
-    #    heartbeat() sends one, too, and returns the "number of seconds to wait before
-    #    sending a new heartbeat": our lease. The heart waits for half of that.
-    coordinator = coordination.get_coordinator(args.url, args.client.encode())
+    #    heartbeat() sends one, too, and returns the seconds within which the next one
+    #    is due: our lease. The heart waits for about half of that.
+    coordinator = coordination.get_coordinator(args.url, args.me)
     coordinator.start(start_heart=True)
     lease = coordinator.heartbeat()
-    screen.say(f"1. started a coordinator on {args.url}")
+    say(args, f"1. started a coordinator on {args.url}")
 
     # 2. Whoever comes first creates the group. The call returns a future at once; get()
     #    waits for its result, or raises its error.
-    group_id = args.group.encode()  # Tooz takes names as bytes.
     try:
-        coordinator.create_group(group_id).get()
-        screen.say(f"2. created {args.group}")
+        coordinator.create_group(args.group_id).get()
+        say(args, f"2. created {args.group}")
     except coordination.GroupAlreadyExist:
-        screen.say(f"2. {args.group} exists already")
+        say(args, f"2. {args.group} exists already")
 
     # A member killed by Ctrl-C would stay listed until its lease expires. So from here
     # on, signals are only collected: they end step 5, and we leave in step 6. A signal
     # has to wait for the call that is running, so each get() has a limit, in seconds.
     with caught_signals() as signals:
         # 3. From now on the backend lists us, for as long as our heart beats.
+        coordinator.join_group(args.group_id).get(LIMIT)
         try:
-            coordinator.join_group(group_id).get(10)
-        except coordination.MemberAlreadyExist:
-            # On memcached, our heartbeats keep a crashed client of this name listed.
-            coordinator.heart.stop()
-            raise
-        screen.say(f"3. joined {args.group} (lease: {lease:g} s)")
+            say(args, f"3. joined {args.group} (lease: {lease:g} s)")
 
-        # 4. The list lives in the backend, so we ask the backend for it.
-        members = coordinator.get_members(group_id).get(10)
-        screen.say(f"4. {listing(members)}")
+            # 4. The list lives in the backend, so we ask the backend for it.
+            asked = now()
+            members = coordinator.get_members(args.group_id).get(LIMIT)
+            say(args, f"4. {listing(members)}")
 
-        # 5. Nobody calls us when a member joins or leaves: watch() polls the list.
-        watch(coordinator, args, lease, members, signals, screen)
-        status = 128 + signals[0] if signals else 0
-        screen.say("5. interrupted" if status else f"5. waited {args.wait:g} s")
+            # 5. Nobody calls us when a member joins or leaves: watch() polls the list.
+            watch(coordinator, args, lease, members, asked, signals)
+            say(args, "5. interrupted" if signals else f"5. waited {args.wait} s")
+        finally:
+            # 6. What we joined we leave, after an error, too. The others see it at
+            #    their next poll. If we only stopped our heart, they would see us until
+            #    our lease expires.
+            say(args, f"6. leaving {args.group}")
+            left = False
+            try:
+                with contextlib.suppress(*NOT_A_MEMBER):  # Dropped already: as good.
+                    coordinator.leave_group(args.group_id).get(LIMIT)
+                say(args, f"6. left {args.group}")
+                left = True
+            except Exception as error:  # noqa: BLE001 (drivers raise what they like)
+                cause = f"{root_cause(error)}; our lease will expire"
+                say(args, f"could not leave {args.group}: {cause}", sys.stderr)
+    if not left:
+        return 1
+    coordinator.stop()  # This stops the heart, too, and closes the connection.
+    return 128 + signals[0] if signals else 0
 
-        # 6. Once we have left, the others see it at their next poll. If we only stopped
-        #    our heart, they would see us until our lease expires.
-        screen.status("leaving")
+
+def watch(coordinator, args, lease, members, asked, signals):
+    """Show who joins and leaves, for `args.wait` seconds or until a signal is caught.
+
+    `lease` is in seconds; `members`, a set of bytes, is the list shown last, and was
+    asked for at `asked`, a time of now().
+    """
+
+    def event(text):
+        say(args, f"{time.strftime('%H:%M:%S')} {text}")
+
+    # Tooz has watchers, but they poll, too, and the first one of a group reads the list
+    # anew: who joined since step 4 would never be announced.
+    end = now() + float(args.wait)
+    # We cannot know when our lease expires, so we stay on the safe side. When a poll is
+    # sent, our last heartbeat may be half a lease old, and the backend drops us half a
+    # lease later. (That assumes that heartbeats arrive when polls do.)
+    expires = asked + lease / 2
+    down = False
+    while not signals and (remaining := end - now()) > 0:
+        status(f"{remaining:.0f} s remaining, heartbeats: {coordinator.heart.beats}")
+        time.sleep(max(0, min(remaining, POLL_EVERY, expires - now())))
+        if now() >= expires:
+            # Here a real service stops what only a member may do: the backend hangs, or
+            # we were suspended, and the others may have replaced us already.
+            event("our lease may have expired: stop acting as a member")
+            expires = math.inf  # We say it once.
+        asked = now()
         try:
-            coordinator.leave_group(group_id).get(10)
-        except NOT_A_MEMBER:
-            pass  # We have been dropped already, which is just as good.
+            found = poll(coordinator, args.group_id, min(POLL_LIMIT, expires - asked))
+            # If we are listed in spite of an expiry, a heartbeat is overdue: see there.
+            if args.me not in found or expires == math.inf:
+                join_again(coordinator, args.group_id)
         except Exception as error:  # noqa: BLE001 (drivers raise what they like)
-            cause = root_cause(error)
-            screen.warn(f"could not leave {args.group}: {cause}; our lease will expire")
-            return 1
-        coordinator.stop()  # This stops the heart, too.
-        screen.say(f"6. left {args.group} and stopped")
-        return status
+            if not down:
+                event(f"backend error: {root_cause(error)}; still trying")
+            down = True
+            continue
+        if down:
+            event(f"backend is back, {listing(found)}")
+        elif expires == math.inf and args.me in found & members:
+            event(f"still a member, {listing(found)}")
+        # A group is a set: what is in only one of two lists has joined, or is missing.
+        # We say "gone", as the list does not tell a member that left from one that
+        # crashed. It may be ourselves: then a real service stops here, too.
+        for who in sorted(found ^ members, key=os.fsdecode):
+            what = "joined" if who in found else "gone"
+            event(f"{os.fsdecode(who)} {what}, {listing(found)}")
+        members, down = found, False
+        expires = asked + lease / 2 if args.me in found else math.inf
 
 
 # --- Failures ---
@@ -142,13 +187,13 @@ def caught_signals():
 
     def catch(number, _):
         caught.append(number)
-        if signal.SIGINT in before:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        before[number] = signal.getsignal(number)
         # An ignored signal stays ignored: somebody may have started us with nohup.
-        if signal.getsignal(number) != signal.SIG_IGN:
-            before[number] = signal.signal(number, catch)
+        if before[number] != signal.SIG_IGN:
+            signal.signal(number, catch)
     try:
         yield caught
     finally:
@@ -156,58 +201,43 @@ def caught_signals():
             signal.signal(number, handler)
 
 
-def watch(coordinator, args, lease, members, signals, screen):
-    """Show who joins and leaves, for `args.wait` seconds or until a signal is caught.
+def refuse_taken_name(args):
+    """Raise MemberAlreadyExist if a member of the group has our name.
 
-    `lease` is in seconds; `members`, a set of bytes, is the list shown last. Tooz has
-    watchers, but they poll as well: watch_join_group() registers a callback, and
-    run_watchers() calls get_members() and takes the same two differences.
+    It is called before we have a coordinator: on memcached, our own heartbeats would
+    keep a crashed client of this name listed. Raises what Tooz and its driver raise.
     """
-    me, group_id = args.client.encode(), args.group.encode()
-    end = time.monotonic() + args.wait
-    down = False
-    # While a laptop sleeps, time.monotonic() may stand still; our lease does not.
-    beats, expires = coordinator.heart.beats, time.time() + lease
-    while not signals and (remaining := end - time.monotonic()) > 0:
-        screen.status(f"{remaining:.0f} s remaining, {lease_bar(expires, lease)}")
-        time.sleep(min(remaining, POLL_EVERY))
-        try:
-            found = seen = poll(coordinator, group_id)
-            if me not in found:
-                join_again(coordinator, group_id)
-                seen = poll(coordinator, group_id)
-        except Exception as error:  # noqa: BLE001 (drivers raise what they like)
-            if not down:
-                screen.warn(f"backend error: {root_cause(error)}; still trying")
-            down = True
-            continue
-        if down:
-            screen.say(f"backend is back, {listing(found)}")
-        down = False
-        if me not in found:
-            screen.say("3. joined again")
-            screen.say(f"4. {listing(seen)}")
-        # A heartbeat renews our lease if it arrives. We count it once a poll has been
-        # answered since: by then it has most likely arrived. Nobody can be certain, as
-        # memcached's driver asks for no reply.
-        if me not in found or coordinator.heart.beats != beats:
-            beats, expires = coordinator.heart.beats, time.time() + lease
-        # A group is a set: two differences tell who is new and who is missing. We say
-        # "gone", as the list does not tell a member that left from one that crashed.
-        news = [(shown(who), "joined") for who in seen - members - {me}]
-        news += [(shown(who), "gone") for who in members - seen - {me}]
-        for who, what in sorted(news):
-            screen.say(f"{time.strftime('%H:%M:%S')} {who} {what}, {listing(seen)}")
-        members = seen
+    # The observer asks under a name that no client can have. It joins nothing and has
+    # no heart, so there is nothing to stop.
+    observer = coordination.get_coordinator(args.url, args.me + b"?")
+    observer.start()
+    with contextlib.suppress(*NOT_A_MEMBER):
+        observer.get_member_capabilities(args.group_id, args.me).get(LIMIT)
+        if args.me in observer.get_members(args.group_id).get(LIMIT):
+            raise coordination.MemberAlreadyExist(args.group_id, args.me)
+        # Our name has an entry, but is not listed: on files, that is what a crash leaves
+        # behind, and we would be refused for ever. So we leave for the crashed client.
+        crashed = coordination.get_coordinator(args.url, args.me)
+        crashed.start()
+        crashed.leave_group(args.group_id).get(LIMIT)
 
 
-def poll(coordinator, group_id):
-    """Return the members, a set of bytes.
+def now():
+    """Return seconds, on a clock that runs on while a laptop sleeps, as our lease does.
 
-    Raises what Tooz and its driver raise, after TIMEOUT seconds at the latest.
+    Nobody sets it, either. (time.monotonic() stands still in a sleep; macOS has no
+    CLOCK_BOOTTIME, and needs none.)
+    """
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+def poll(coordinator, group_id, limit):
+    """Return the members, a set of bytes, within `limit` seconds.
+
+    Raises what Tooz and its driver raise.
     """
     try:
-        return coordinator.get_members(group_id).get(TIMEOUT)
+        return coordinator.get_members(group_id).get(limit)
     except coordination.GroupNotCreated:
         return set()  # A group that does not exist has no members.
 
@@ -219,212 +249,122 @@ def join_again(coordinator, group_id):
     """
     # A heartbeat comes first. On etcd, a lease is an object: if ours has expired, the
     # heartbeat makes a new one, and without a lease we cannot join. On memcached, the
-    # others would drop us at their next poll if it had not been sent. The heart stops
-    # meanwhile: on etcd, two heartbeats at once could make two leases, and nobody would
-    # renew the one that we join with.
-    coordinator.heart.stop()
-    try:
-        if coordinator.heart.wait(TIMEOUT):  # True: the thread still runs.
-            raise coordination.OperationTimedOut("the heartbeat hangs, or fails")
-        coordinator.heartbeat()
-    finally:
-        coordinator.heart.start()
-    # The group may be gone, too, so we use Tooz's call for steps 2 and 3 in one. It
-    # blocks, and returns no future. If our name is listed already, the heartbeat was
-    # enough (on files), a join of ours arrived late, or another client took the name.
+    # others would drop us at their next poll if it had not been sent. And our heart may
+    # be late, since it waits on a clock that stands still while a laptop sleeps.
+    coordinator.heartbeat()
+    with contextlib.suppress(coordination.GroupAlreadyExist):
+        coordinator.create_group(group_id).get(LIMIT)
+    # Our name may be listed already: the heartbeat was enough, as on files, or a join
+    # of ours arrived late. (Or another client took the name: nobody can tell.)
     with contextlib.suppress(coordination.MemberAlreadyExist):
-        coordinator.join_group_create(group_id)
-
-
-def lease_bar(expires, lease):
-    """Return a bar: what remains of our lease, in seconds, until the time it expires.
-
-    Once it has expired, the others may see us as gone, and while we are cut off nobody
-    can tell us. A real member must notice that by itself, and stop doing what only a
-    member may do, early: `expires` counts from a poll, some time after the heartbeat.
-    (While a poll waits for its answer, the bar is not redrawn, but the lease runs on.)
-    """
-    left = max(0, round(expires - time.time()))
-    bar = "#" * round(10 * left / lease)
-    return f"lease [{bar:.<10}] {f'{left} s' if left else 'expired'}"
-
-
-def name_comes_free(args, screen):
-    """Wait until our name is free, for a lease and 2 s at most; return whether it is.
-
-    Another client with our name is alive, or it has crashed and its lease may not have
-    expired yet. Nobody can tell which, except by waiting.
-    """
-    me, group_id = args.client.encode(), args.group.encode()
-    # We poll under a name that no client can have. Under our own, memcached's driver
-    # would never drop the crashed client, and stop() would drop a live one.
-    observer = coordination.get_coordinator(args.url, f"{args.client}?".encode())
-    observer.start()
-    limit = observer.heartbeat() + 2  # Backends drop a member a little late.
-    screen.warn(
-        f"{args.client} is taken; waiting up to {limit:g} s, in case it crashed"
-    )
-    end = time.monotonic() + limit
-    while (taken := me in poll(observer, group_id)) and time.monotonic() < end:
-        screen.status(f"waiting for the name, {end - time.monotonic():.0f} s remaining")
-        time.sleep(POLL_EVERY)
-    if taken:
-        screen.warn(f"{args.client} is still taken: choose another name")
-    elif urllib.parse.urlsplit(args.url).scheme == "file":
-        # On files, a member whose lease has expired is skipped, but its name is still
-        # refused until somebody leaves under it, as we do here for the crashed client.
-        crashed = coordination.get_coordinator(args.url, me)
-        crashed.start()
-        with contextlib.suppress(*NOT_A_MEMBER):
-            crashed.leave_group(group_id).get(TIMEOUT)
-        crashed.stop()
-    observer.stop()
-    return not taken
+        coordinator.join_group(group_id).get(LIMIT)
 
 
 def root_cause(error):
-    """Return the type and the message of an error's first cause, on one line."""
-    while error.__cause__ or error.__context__:
+    """Return the type and the message of an error's first cause."""
+    while error.__cause__ or (error.__context__ and not error.__suppress_context__):
         error = error.__cause__ or error.__context__
     message = getattr(error, "detail_text", "") or str(error) or "no answer"
-    # In detail_text etcd3gw keeps the answer: etcd's is JSON, with a message.
-    message = re.sub(r'(?s)^{.*"message": ?"([^"]+)".*', r"\1", message)
-    return f"{type(error).__name__}: {shown(message.strip())[:200]}"
+    return f"{type(error).__name__}: {message.strip()[:200]}"
 
 
 # --- Input and output ---
 
+# Without a host, most drivers silently take localhost; ZooKeeper's takes several. With a
+# lease of 0, memcached keeps a member for ever, and the heart never rests.
+HOST = r"(\[[\w.:%]+\]|[\w.-]+)(:0*[1-9]\d*)?"
+SERVER = rf"(?!file:)[\w+.-]+://([^/?#\s]*@)?{HOST}(,{HOST})*(/[^?#]*)?"
+URL = rf"(?ai)(?!.*timeout=(-|0+(&|$)))({SERVER}|file:///[^?#]+)(\?[^#]*)?"
+
 
 def arguments():
-    """Return the command line's arguments; exit with status 2 if they are wrong."""
-    url = os.getenv("TOOZ_BACKEND_URL") or "etcd3+http://localhost"
+    """Return the command line's arguments; exit with status 2 if they are wrong.
+
+    `me` and `group_id` are the names as Tooz takes them, as bytes.
+    """
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("client", type=name, help="our name")
-    add("group", type=name, help="the group to join")
-    add("url", nargs="?", type=tooz_url, default=url, help="a Tooz URL")
-    add("--wait", metavar="SECONDS", type=seconds, default=60, help="time to stay: 60")
-    return parser.parse_args()
-
-
-def name(text):
-    """Return the name of a client or a group; raise ArgumentTypeError if it is odd."""
     # On etcd, a "/" would nest one group in another; memcached's keys take no spaces.
-    if re.fullmatch(r"[A-Za-z0-9._-]{1,100}", text):
-        return text
-    raise argparse.ArgumentTypeError("use 1 to 100 of A-Z a-z 0-9 . _ -")
+    name = matching(r"[A-Za-z0-9._-]{1,100}", "1 to 100 of A-Z a-z 0-9 . _ -")
+    add("client", type=name, help="a name for this client, and for no other")
+    add("group", type=name, help="the group to join")
+    use = "DRIVER://HOST[:PORT] or file:///PATH, no port or timeout below 1, and no #"
+    url = matching(URL, f"{use} (here, or in $TOOZ_BACKEND_URL)")
+    default = os.getenv("TOOZ_BACKEND_URL") or "etcd3+http://localhost"
+    add("url", type=url, nargs="?", default=default, help="a Tooz URL")
+    wait = matching(r"(\d+\.?\d*|\.\d+)(e\d+)?|inf", "a number of seconds, 0 or more")
+    add("--wait", type=wait, metavar="SECONDS", default="60", help="time to stay: 60")
+    args = parser.parse_intermixed_args()
+    args.me, args.group_id = args.client.encode(), args.group.encode()
+    return args
 
 
-def seconds(text):
-    """Return a number of seconds; raise ArgumentTypeError unless it is 0 or more."""
-    with contextlib.suppress(ValueError):
-        if float(text) >= 0:
-            return float(text)
-    raise argparse.ArgumentTypeError("use a number of seconds, 0 or more")
+def matching(pattern, use):
+    """Return a type for argparse: text that matches, or an error that says what to use."""
 
+    def check(text):
+        if re.fullmatch(pattern, text):
+            return text
+        quoted = "" if "://" in text else f"{text!a}: "  # A URL may have a password.
+        raise argparse.ArgumentTypeError(f"{quoted}use {use}")
 
-def tooz_url(text):
-    """Return the URL; raise ArgumentTypeError if it lacks a host or has an odd lease.
-
-    Without a host, most drivers silently take localhost. With a lease of 0, memcached
-    keeps a member for ever, and the heart never rests.
-    """
-    good = re.match("(?i)file:///[^?#]", text)
-    with contextlib.suppress(ValueError):  # Its message may show part of a password.
-        url = urllib.parse.urlsplit(text)
-        hosts = url.netloc.rpartition("@")[2].split(",")  # ZooKeeper takes several.
-        hosts = [urllib.parse.urlsplit(f"//{host}") for host in hosts]
-        if url.scheme not in ("", "file"):
-            good = all(host.hostname and host.port != 0 for host in hosts)
-    use = "DRIVER://HOST[:PORT] or file:///PATH" if not good else ""
-    for option, value in urllib.parse.parse_qsl(text.partition("?")[2]):
-        if option in LEASES and not re.fullmatch(r"[1-9]\d{0,5}", value):
-            use = f"{option}=SECONDS, a whole number from 1 to 999999"
-    if use:
-        raise argparse.ArgumentTypeError(f"use {use} (here, or in $TOOZ_BACKEND_URL)")
-    return text
-
-
-def shown(text):
-    """Escape text that we did not write, so that it cannot control the terminal.
-
-    A member's name is bytes, in any encoding; on files it may be a str.
-    """
-    return ascii(os.fsdecode(text))[1:-1]
+    return check
 
 
 def listing(members):
     """Return the members as they are always shown: sorted, on one line."""
-    return f"members: {', '.join(sorted(map(shown, members))) or '(none)'}"
+    # A member's name is bytes, in any encoding; on files it may be a str.
+    return f"members: {', '.join(sorted(map(os.fsdecode, members))) or '(none)'}"
 
 
-class Screen:
-    """What the learner sees: each line immediately, with our name before it.
+def say(args, text, file=None):
+    """Print a line, to stdout by default. If nobody reads it, that is a hang-up."""
+    status("")
+    try:
+        print(f"{args.client}: {printable(text)}", file=file, flush=True)
+    except OSError:
+        signal.raise_signal(signal.SIGHUP)
 
-    The story goes to stdout, failures to stderr. A terminal has a status line, too.
-    """
 
-    def __init__(self, client):
-        self.client, self.line = client, ""
-        terminal = sys.stdout and sys.stdout.isatty() and os.getenv("TERM") != "dumb"
-        self.erase = "\r\x1b[K" if terminal else ""  # Erases the status line.
+def status(text):
+    """Redraw the last line of a terminal, unless we run in its background."""
+    with contextlib.suppress(OSError):  # stdout is not, or no longer, our terminal.
+        if os.tcgetpgrp(1) == os.getpgrp() and os.getenv("TERM") != "dumb":
+            # A line that is too long for the terminal would wrap, and stay.
+            room = (os.get_terminal_size(1).columns or 80) - 1
+            print(f"\r\x1b[K{printable(text)[:room]}", end="", flush=True)
 
-    def say(self, text):
-        """Print a line of the story. If nobody reads it any more, that is a hang-up."""
-        try:
-            print(f"{self.erase}{self.named(text)}\n{self.line}", end="", flush=True)
-        except OSError:
-            signal.raise_signal(signal.SIGHUP)
 
-    def warn(self, text):
-        """Print a failure."""
-        self.status("")
-        with contextlib.suppress(OSError):
-            print(self.named(text), file=sys.stderr, flush=True)
-
-    def status(self, text):
-        """Redraw the status line, in a terminal, unless we run in the background."""
-        self.line = ""
-        # OSError means that stdout is not, or no longer, our terminal.
-        with contextlib.suppress(OSError):
-            if self.erase and os.tcgetpgrp(1) == os.getpgrp():
-                # A line that is too long for the terminal could not be erased.
-                room = (os.get_terminal_size(1).columns or 80) - 1
-                self.line = self.named(text)[:room] if text else ""
-                print(self.erase + self.line, end="", flush=True)
-
-    def named(self, text):
-        """Return the text with our name before it, and no password of a URL in it."""
-        text = re.sub(r"(://[^:@\s]*:)\S*@", r"\1***@", text)
-        return f"{self.client}: " + re.sub(r"(password=)[^&\s]*", r"\1***", text)
+def printable(text):
+    """Return the text in ASCII, without passwords of URLs and without control codes."""
+    text = re.sub(r"(://[^:@\s]*:)\S*(?=@)|(password=)[^&\s]*", r"\1\2***", text)
+    return text.encode("unicode_escape").decode()
 
 
 def main():
     """Run the program; return its exit status."""
+    # Until step 3 there is nothing to leave: Ctrl-C kills us, without a traceback.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     args = arguments()
-    screen = Screen(args.client)
     logging.disable()  # The heart logs its failures. Keep that log in a service.
     logging.captureWarnings(True)  # urllib3 warns about the SSL library of macOS.
     try:
-        while True:
-            screen.status(f"asking {args.url}")
-            try:
-                return join_and_watch(args, screen)
-            except coordination.MemberAlreadyExist:
-                pass  # Handled below, or later errors would have this one as context.
-            if not name_comes_free(args, screen):
-                return 1
-    except Exception as error:  # noqa: BLE001 (drivers raise what they like)
-        screen.warn(
-            f"cannot use {args.url}: {root_cause(error)}\n"
-            "  Is the backend running there, and reached without a proxy (NO_PROXY)?\n"
-            "  Examples: etcd3+http://localhost, memcached://127.0.0.1, and, without a"
-            " server, file:///tmp/tooz"
+        status(f"asking {args.url}")
+        refuse_taken_name(args)
+        return join_and_watch(args)
+    except coordination.MemberAlreadyExist:
+        why = (
+            f"{args.client} is a member of {args.group} already: it is running, or it "
         )
-        return 1
-    finally:
-        screen.status("")
+        why += "crashed less than a lease ago. Try again then, or choose another name"
+    except Exception as error:  # noqa: BLE001 (drivers raise what they like)
+        say(args, f"cannot use {args.url}: {root_cause(error)}", sys.stderr)
+        why = "check the URL (etcd3+http://localhost, memcached://127.0.0.1, or, without a "
+        why += "server, file:///tmp/tooz), that the backend runs there, and NO_PROXY"
+    say(args, why, sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -69,15 +69,25 @@ def suspend(process):
     wait_until(lambda: status() == psutil.STATUS_STOPPED)
 
 
-def command(*arguments):
+def command(*arguments, script=SCRIPT):
     """Return the command line of the script, as a list."""
-    return [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return [sys.executable, str(script), *map(str, arguments)]
 
 
-def run(*arguments, **options):
+def broken(folder, line, other):
+    """Return a copy of the script with another line, or a part of one, in its place."""
+    text = SCRIPT.read_text()
+    assert text.count(line) == 1
+    copy = folder / SCRIPT.name
+    copy.write_text(text.replace(line, other))
+    return copy
+
+
+def run(*arguments, script=SCRIPT):
     """Run the script to its end; return its CompletedProcess, with text in it."""
-    options = {"capture_output": True, "text": True, "timeout": LIMIT, **options}
-    done = subprocess.run(command(*arguments), check=False, **options)
+    options = {"capture_output": True, "text": True, "timeout": LIMIT}
+    words = command(*arguments, script=script)
+    done = subprocess.run(words, check=False, **options)
     assert "Traceback" not in (done.stderr or "")
     return done
 
@@ -163,8 +173,9 @@ def programs():
 def start(programs):
     """Start the script with start(name, url, …)."""
 
-    def client(name, *arguments, under=(), **options):
-        return programs(*under, *command(name, GROUP, *arguments), **options)
+    def client(name, *arguments, under=(), script=SCRIPT, **options):
+        words = command(name, GROUP, *arguments, script=script)
+        return programs(*under, *words, **options)
 
     return client
 
@@ -181,42 +192,35 @@ def member(start):
     return member
 
 
-class Server:
+def server(words, where):
+    """Return a process: it runs as soon as it answers there, at a URL or at a port."""
+    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    if isinstance(where, int):
+        return mirakuru.TCPExecutor(words, "127.0.0.1", where, timeout=LIMIT, **quiet)
+    # etcd refuses HEAD, mirakuru's default.
+    return mirakuru.HTTPExecutor(words, where, timeout=LIMIT, method="GET", **quiet)
+
+
+class Backend:
     """A backend: its URL and, where there are any, its processes, for a test to break."""
 
-    executors, folder = (), ""
-
-    def __init__(self, base):
-        self.base = base
-        self.port = urllib.parse.urlsplit(base).port
-
-    @property
-    def addresses(self):
-        """Return where it listens, as etcd's gateway wants it."""
-        return f"127.0.0.1:{self.port}"
+    def __init__(self, url, *processes, folder=None):
+        self.base, self.processes, self.folder = url, processes, folder
+        self.port = urllib.parse.urlsplit(url).port
 
     def url(self, timeout=None):
         """Return the Tooz URL, with a lease of that many seconds."""
         return f"{self.base}?timeout={timeout}" if timeout else self.base
 
-    def add(self, words, where):
-        """Add a process: it runs as soon as it answers there, a URL or a port."""
-        kind = mirakuru.TCPExecutor if isinstance(where, int) else mirakuru.HTTPExecutor
-        where = ("127.0.0.1", where) if isinstance(where, int) else (where,)
-        quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        if kind is mirakuru.HTTPExecutor:
-            quiet["method"] = "GET"  # etcd refuses HEAD
-        self.executors = [*self.executors, kind(words, *where, timeout=LIMIT, **quiet)]
-
     def start(self):
         # A node of a cluster runs only once it has met a second one.
         with concurrent.futures.ThreadPoolExecutor() as threads:
-            list(threads.map(lambda executor: executor.start(), self.executors))
+            list(threads.map(lambda process: process.start(), self.processes))
         return self
 
     def kill(self):
-        for executor in self.executors:
-            executor.kill()
+        for process in self.processes:
+            process.kill()
 
     def lock(self):
         """Return what no client holds meanwhile: suspended with it, it stops them all."""
@@ -225,107 +229,120 @@ class Server:
     def forget(self):
         """Come back empty."""
         self.kill()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder:
+            shutil.rmtree(self.folder)
         self.start()
 
     def pause(self):
-        for executor in self.executors:
-            suspend(executor.process)
+        for process in self.processes:
+            suspend(process.process)
 
     def resume(self):
-        for executor in self.executors:
-            os.killpg(executor.process.pid, signal.SIGCONT)
+        for process in self.processes:
+            os.killpg(process.process.pid, signal.SIGCONT)
 
 
-class Connection(Server):
-    """A connection that can be cut: etcd's own gateway, which forwards any TCP."""
-
-    def __init__(self, server):
-        port = free_port()
-        super().__init__(server.base.replace(f":{server.port}", f":{port}"))
-        words = ["etcd", "gateway", "start", "--endpoints", server.addresses]
-        words += ["--listen-addr", self.addresses, "--retry-delay", "1s"]
-        health = f"http://{self.addresses}/health"
-        self.add(words, health if "etcd" in self.base else port)
+def addresses(servers):
+    """Return where they listen, as etcd's programs want it."""
+    return ",".join(f"127.0.0.1:{one.port}" for one in servers)
 
 
-class Etcd(Server):
+def etcdctl(etcds, *words):
+    """Run etcdctl; return its output."""
+    words = ["etcdctl", "--endpoints", addresses(etcds), *words]
+    return subprocess.check_output(words, text=True)
+
+
+class Etcd(Backend):
     """One etcd. In a cluster, `peers` has the names of all members, and their ports."""
 
     def __init__(self, folder, name="etcd", peers=None):
-        client = f"http://127.0.0.1:{free_port()}"
-        super().__init__(f"etcd3+{client}")
-        self.folder, peers = folder / name, peers or {name: free_port()}
+        client, peers = f"http://127.0.0.1:{free_port()}", peers or {name: free_port()}
         urls = {one: f"http://127.0.0.1:{at}" for one, at in peers.items()}
-        words = ["etcd", "--name", name, "--data-dir", str(self.folder)]
+        words = ["etcd", "--name", name, "--data-dir", str(folder / name)]
         words += ["--listen-client-urls", client, "--advertise-client-urls", client]
         words += ["--listen-peer-urls", urls[name]]
         words += ["--initial-advertise-peer-urls", urls[name]]
         words += ["--initial-cluster", ",".join("=".join(one) for one in urls.items())]
-        self.add(words, f"{client}/health")
+        process = server(words, f"{client}/health")
+        super().__init__(f"etcd3+{client}", process, folder=folder / name)
 
-    def ctl(self, *words):
-        """Run etcdctl; return its output."""
-        words = ["etcdctl", "--endpoints", self.addresses, *words]
-        return subprocess.check_output(words, text=True)
+    def delete_members(self):
+        for lease in re.findall(
+            r"(?m)^[0-9a-f]{8,}$", etcdctl([self], "lease", "list")
+        ):
+            etcdctl([self], "lease", "revoke", lease)
 
-    def wipe(self):
-        """Remove all members: revoke their leases."""
-        for lease in re.findall(r"(?m)^[0-9a-f]{8,}$", self.ctl("lease", "list")):
-            self.ctl("lease", "revoke", lease)
+    def delete_group(self):
+        """Delete its key alone: the members' keys stay."""
+        assert etcdctl([self], "del", f"tooz/groups/{GROUP}/") == "1\n"
 
 
-class Cluster(Etcd):
-    """Three etcds behind etcd's own gateway, whose address the clients get."""
+class Memcached(Backend):
+    def __init__(self, folder):
+        port = free_port()
+        words = f"memcached -u nobody -l 127.0.0.1 -p {port}".split()
+        super().__init__(f"memcached://127.0.0.1:{port}", server(words, port))
+
+    def tell(self, words, answer):
+        with socket.create_connection(("127.0.0.1", self.port)) as connection:
+            connection.sendall(f"{words}\r\n".encode())
+            assert connection.recv(100) == f"{answer}\r\n".encode()
+
+    def delete_members(self):
+        self.tell("flush_all", "OK")
+
+    def delete_group(self):
+        self.tell(f"delete _TOOZ_GROUP_{GROUP}", "DELETED")
+
+
+class Files(Backend):
+    def __init__(self, folder):
+        super().__init__(f"file://{folder}/tooz", folder=folder / "tooz")
+
+    def lock(self):
+        return fasteners.InterProcessLock(self.folder / ".driver_lock")
+
+    def delete_members(self):
+        for member in self.folder.glob("groups/*/*.raw"):
+            member.unlink()
+
+    def delete_group(self):
+        shutil.rmtree(self.folder / "groups")
+
+
+class Gateway(Backend):
+    """A connection that can be cut: etcd's own gateway, which forwards any TCP."""
+
+    def __init__(self, servers):
+        port, first = free_port(), servers[0]
+        url = first.base.replace(f":{first.port}", f":{port}")
+        words = f"etcd gateway start --endpoints {addresses(servers)}"
+        words += " --retry-delay 1s --listen-addr"
+        health = f"http://127.0.0.1:{port}/health" if "etcd" in url else port
+        super().__init__(url, server([*words.split(), f"127.0.0.1:{port}"], health))
+
+
+class Cluster(Backend):
+    """Three etcds behind a gateway, whose address the clients get."""
 
     def __init__(self, folder):
         peers = {f"node{one}": free_port() for one in range(3)}
-        self.folder = folder / "cluster"
-        self.nodes = [Etcd(self.folder, name=name, peers=peers) for name in peers]
-        self.base, self.port = self.nodes[0].base, self.nodes[0].port
-        gateway = Connection(self)
-        self.base, self.port = gateway.base, gateway.port
-        self.executors = sum((node.executors for node in self.nodes), gateway.executors)
-
-    @property
-    def addresses(self):
-        return ",".join(node.addresses for node in self.nodes)
+        self.nodes = [Etcd(folder, name=name, peers=peers) for name in peers]
+        gateway = Gateway(self.nodes)
+        every = [process for one in (*self.nodes, gateway) for process in one.processes]
+        super().__init__(gateway.base, *every)
 
     def split(self):
         """Return the nodes as (the leader, the others)."""
-        table = self.ctl("endpoint", "status", "--write-out", "fields")
+        table = etcdctl(self.nodes, "endpoint", "status", "--write-out", "fields")
         ids = re.findall(r'"MemberID" : (\d+)', table)
         nodes = dict(zip(ids, self.nodes))
         leader = nodes.pop(re.search(r'"Leader" : (\d+)', table).group(1))
         return leader, [*nodes.values()]
 
 
-class Memcached(Server):
-    def __init__(self, folder):
-        super().__init__(f"memcached://127.0.0.1:{free_port()}")
-        words = f"memcached -u nobody -l 127.0.0.1 -p {self.port}".split()
-        self.add(words, self.port)
-
-    def wipe(self):
-        with socket.create_connection(("127.0.0.1", self.port)) as connection:
-            connection.sendall(b"flush_all\r\n")
-            assert connection.recv(100) == b"OK\r\n"
-
-
-class Files(Server):
-    def __init__(self, folder):
-        self.folder = folder / "tooz"
-        super().__init__(f"file://{self.folder}")
-
-    def lock(self):
-        return fasteners.InterProcessLock(self.folder / ".driver_lock")
-
-    def wipe(self):
-        for member in self.folder.glob("groups/*/*.raw"):
-            member.unlink()
-
-
-BACKENDS = {"etcd": Etcd, "cluster": Cluster, "memcached": Memcached, "file": Files}
+BACKENDS = {"etcd": Etcd, "memcached": Memcached, "files": Files, "cluster": Cluster}
 
 
 def on(*names):
