@@ -21,14 +21,12 @@ import pyte
 from conftest import ROOT, SCRIPT, wait_until
 
 PICTURE = pathlib.Path(__file__).with_suffix(".svg")
-COLUMNS = 56  # So that it can be read on a telephone, too.
+COLUMNS = 58  # So that it can be read on a telephone, too.
+URL = "file:///tmp/t?timeout=5"
 ROWS = {"A": 11, "B": 15}  # Just enough: nothing scrolls away.
 SHUTTER = 200  # ms from frame to frame, at least.
 PAUSE = 5000  # ms for the last frame, before all begins again.
-DEEDS = {
-    signal.SIGKILL: "kill -9: gone when its lease has expired",
-    signal.SIGINT: "Ctrl-C: it leaves, gone at once",
-}
+DEEDS = {signal.SIGKILL: "kill -9", signal.SIGINT: "Ctrl-C: it leaves"}
 # The renderer puts the frames into a template. Its cells are 8 x 17.
 SIZE = COLUMNS, len(ROWS) + sum(ROWS.values())
 WIDTH, HEIGHT = 8 * SIZE[0], 17 * SIZE[1]
@@ -60,11 +58,12 @@ LINE, TITLE = ("foreground", "background"), ("foreground", "color8")
 NEWEST = ("color0", "color11")  # The title of whom something was done to last.
 
 
-def play(start, wait=lambda seconds: None):
+def play(start, wait=lambda seconds: None, effect=lambda seconds: None):
     """A joins. B joins and leaves, joins again and is killed. Return A, and B twice.
 
     start(name) starts a client of that name and returns it: it can be any client of
-    conftest.py. The film waits now and then, so that one can follow.
+    conftest.py. The film waits now and then, so that one can follow, and tells the effect
+    of each deed: how many seconds later A has seen it.
     """
     a = start("A")
     a.sees("4. members: .*\n")
@@ -76,7 +75,9 @@ def play(start, wait=lambda seconds: None):
         b.sees("4. members: .*\n")
         wait(2)
         b.hit(number)
+        hit = time.monotonic()
         a.sees("B gone, members: .*\n")
+        effect(time.monotonic() - hit)
         if number == signal.SIGINT:
             b.sees("6. left .*\n")
         played.append(b)
@@ -87,7 +88,7 @@ def play(start, wait=lambda seconds: None):
 class Shell(pexpect.spawn):
     """A shell in a real terminal, with a title. Whoever waits for its output, films."""
 
-    def __init__(self, name, url, film):
+    def __init__(self, name, film):
         path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
         plain = {"PATH": path, "PS1": "$ ", "TERM": "linux", "HISTFILE": ""}
         super().__init__(
@@ -95,7 +96,7 @@ class Shell(pexpect.spawn):
             cwd=ROOT,
             dimensions=(ROWS[name], COLUMNS),
             encoding="utf-8",
-            env={**os.environ, **plain, "TOOZ_BACKEND_URL": url},
+            env={**os.environ, **plain},
         )
         self.name, self.film, self.transcript, self.seen = name, film, "", 0
         self.title = name
@@ -105,7 +106,7 @@ class Shell(pexpect.spawn):
     def join(self):
         """Type the command line of the script."""
         self.say("joins")
-        self.sendline(f"python {SCRIPT.name} {self.name} g1")
+        self.sendline(f"python {SCRIPT.name} {self.name} g '{URL}'")
 
     def hit(self, number):
         """Press Ctrl-C, or send another signal to the script."""
@@ -140,15 +141,20 @@ class Shell(pexpect.spawn):
 class Film:
     """Two shells, one above the other, and frames: each is a time in ms, and its rows."""
 
-    def __init__(self, url):
+    def __init__(self):
         self.newest, self.frames = None, []
-        self.shells = {name: Shell(name, url, self) for name in ROWS}
+        self.shells = {name: Shell(name, self) for name in ROWS}
         self.begun = time.monotonic()
 
     def start(self, name):
         """Start a client."""
         self.shells[name].join()
         return self.shells[name]
+
+    def effect(self, seconds):
+        """Put into A's title that B is gone, and how much later."""
+        later = f"{seconds:.0f} s later" if seconds >= 1 else "at once"
+        self.shells["A"].say(f"B gone, {later}")
 
     def wait(self, seconds):
         """Film for so many seconds."""
@@ -196,10 +202,7 @@ def story(path=PICTURE):
     last = root.find(".//*[@id='screen_view']")[-1].iterfind("{*}use")
     shown = ["".join(rows[one.get(HREF)].itertext()) for one in last]
     text = "".join(row if len(row) == COLUMNS else row + "\n" for row in shown)
-    return {
-        name: re.findall(rf"(?m)^{name}: (?!\d+ s remaining|leaving).*", text)
-        for name in ROWS
-    }
+    return {name: re.findall(rf"(?m)^{name}: .*", text) for name in ROWS}
 
 
 def main():
@@ -209,9 +212,8 @@ def main():
     folder = pathlib.Path("/tmp/t")  # So short, as the URL is to fit into a line.
     folder.mkdir()
     try:
-        film = Film(f"file://{folder}?timeout=5")
-        film.wait(1)
-        play(film.start, film.wait)
+        film = Film()
+        play(film.start, film.wait, film.effect)
         film.wait(1)
     finally:
         shutil.rmtree(folder)

@@ -1,175 +1,322 @@
-"""The README cannot rot: what it shows is run, and what it says is looked up."""
+"""The README cannot rot: its commands are typed, in real terminals, and do what it says."""
 
-import ast
 import os
-import pathlib
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import textwrap
 
 import picture
 import pytest
-from conftest import (
-    GROUP,
-    LIMIT,
-    README,
-    ROOT,
-    SCRIPT,
-    on,
-    run,
-    screen,
-    suspend,
-    table,
-    wait_until,
-)
-from test_faults import UNTRIED
+from conftest import CLOCK, LIMIT, README, ROOT, SCRIPT, on, screen, table, wait_until
+from test_faults import EXPIRY, ROWS
 
+# Each block of commands or of Python, and the output that follows it.
 BLOCKS = [
-    (kind, textwrap.dedent(text))
-    for _, kind, text in re.findall(r"(?ms)^( *)```(\w+)\n(.*?)^\1```$", README)
+    (textwrap.dedent(text), output)
+    for text, output in re.findall(
+        r"(?ms)^ *```(?:sh|python)\n(.*?)^ *```$(?:(?:\n|[^\n`]*\n){,4}?```text\n(.*?)^```$)?",
+        README,
+    )
 ]
+REST = [text for text, _ in BLOCKS]
 # Nobody reads a server's log, and a terminal that is full would stop it.
 QUIET = "exec >/dev/null 2>&1\n"
-DEFAULT_PORTS = pytest.mark.xdist_group("the default port of etcd")
+# Servers of the page get other ports: the reader's own may have the default ones.
+TYPED = [
+    (r"^etcd --data-dir (\S+)$", r"etcd --data-dir \1 LISTEN"),
+    (r"^(etcd --data-dir .*)$", r"\1 PEERS"),
+    (r"LISTEN", "--listen-client-urls http://127.0.0.1:2379 --advertise-client-urls @"),
+    (r"PEERS", "--listen-peer-urls http://127.0.0.1:2380 --initial-cluster default=%"),
+    (
+        r"%$",
+        "http://127.0.0.1:2380 --initial-advertise-peer-urls http://127.0.0.1:2380",
+    ),
+    (r"@", "http://127.0.0.1:2379"),
+    (r"^(memcached .*)$", r"\1 -p 11211"),
+    (r"(etcd3\+http://[\w.]+)(?=[ ?])", r"\1:2379"),
+    (r"192\.0\.2\.1", "127.0.0.1"),
+    (r"2379\b", "2371"),
+    (r"2380\b", "2372"),
+    (r"2379(?=[01]\b)", "2373"),
+    (r"11211", "11212"),
+]
+ETCD, CACHE = "etcd3+http://localhost:2371", "127.0.0.1:2371"
+ONE_SERVER = pytest.mark.xdist_group("the ports of the page's servers")
 
 
-def block(start, more=""):
-    """Return the block that starts and goes on so, and the output that it shows."""
-    starts = [text.startswith(start) and more in text for _, text in BLOCKS]
-    kind, output = (*BLOCKS, ("", ""))[starts.index(True) + 1]
-    return BLOCKS[starts.index(True)][1], output if kind == "text" else ""
+def blocks(count):
+    """Give a test the next blocks of the page: each block has just one test."""
+    taken, REST[:count] = REST[:count], []
+    return pytest.mark.parametrize("block", [taken], ids=["page"])
 
 
-def client(name, more=""):
-    """Return the README's command that starts a client so, and with these options."""
-    return block(f".venv/bin/python tooz_join_group.py {name}", more)[0]
+def output(text):
+    """Return what the page shows after that block."""
+    return dict(BLOCKS)[text]
 
 
 def said_by(name, text):
     """Return the lines of a client, without what changes from run to run."""
-    text = re.sub(r"\d\d:\d\d:\d\d", "HH:MM:SS", text.replace("\r", ""))
+    text = re.sub(CLOCK, "HH:MM:SS", text.replace("\r", ""))
     return [line for line in text.splitlines() if line.startswith(f"{name}: ")]
-
-
-def answers(port):
-    """Tell whether somebody listens there."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture
 def shell(programs, tmp_path):
-    """Open terminals with shell(command, …), and type. /tmp is a folder of the test's own.
-
-    What runs as a server there is ours, unless somebody's own has the port: use that.
-    """
+    """Open terminals with shell(command, …), and type. /tmp is a folder of the test's own."""
     path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    ours = {"PATH": path, "TOOZ_BACKEND_URL": ETCD, "ETCDCTL_ENDPOINTS": CACHE}
 
     def shell(*commands, cwd=ROOT, python=sys.executable):
         words = ["bash", "--noprofile", "--norc"]
-        where = {"cwd": cwd, "env": {**os.environ, "PATH": path}}
-        one = programs(*words, terminal=True, columns=200, **where)
-        for text in commands:
+        env = {**os.environ, **ours}
+        one = programs(*words, terminal=True, columns=200, cwd=cwd, env=env)
+
+        def type_in(text):
+            for pattern, other in TYPED:
+                text = re.sub(f"(?m){pattern}", other, text)
             text = text.replace("/tmp/", f"{tmp_path}/")
             one.send(text.replace(".venv/bin/python", python))
+
+        one.types = type_in
+        for text in commands:
+            one.types(text)
         return one
 
     return shell
 
 
-def test_try_it(tmp_path, shell):
+def leave(*clients):
+    """Press Ctrl-C in their terminals; wait until they have left."""
+    for one in clients:
+        one.send("\x03")
+        one.sees("6. left")
+
+
+@blocks(4)
+def test_try_it(tmp_path, shell, block):
     """The first commands, in a folder with nothing but what git has: a leave, a crash."""
+    first, second, background, kill = block
     files = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True)
     for name in files.split("\0")[:-1]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     where = {"cwd": tmp_path, "python": ".venv/bin/python"}
-    a = shell(block("python3 -m venv .venv && ")[0], **where)
+    a = shell(first, **where)
     a.expect("4. members: clientA\r\n", timeout=4 * LIMIT)
-    b = shell(client("clientB group1 'file:"), **where)
+    b = shell(second, **where)
     a.sees("clientB joined")
-    b.sees("4. members: clientA, clientB\r\n", "remaining")
+    b.sees("4. members: clientA, clientB\r\n", "remaining, heartbeats: ")
     b.send("\x03")
     a.sees("clientB gone")
     b.sees("6. left")
-    b.send(client("clientB group1 'file:", " &\n").replace("/tmp/", f"{tmp_path}/"))
+    b.types(background)
     a.sees("clientB joined")
-    b.send(block("kill -9 %1")[0])
+    b.types(kill)
     a.sees("clientB gone")
-    _, output = block("kill -9 %1")
     shown = "\n".join(screen(a.transcript, 200)).replace(str(tmp_path), "/tmp")
-    assert said_by("clientA", shown)[:-1] == said_by("clientA", output)
+    assert said_by("clientA", shown) == said_by("clientA", output(kill))
 
 
-def test_uv(shell):
-    """uv needs no environment."""
-    a = shell(block("uv run")[0])
-    a.expect("4. members: clientA\r\n", timeout=4 * LIMIT)
-    a.send("\x03")
-    a.sees("5. interrupted", "6. left")
-
-
-def test_let_it_fail(shell, tmp_path):
-    """The bare lesson fails as the page says; then the list is used."""
-    lesson, _ = block("import sys\n")
-    (tmp_path / "lesson.py").write_text(lesson)
+@blocks(9)
+def test_lesson(shell, tmp_path, block):
+    """The bare lesson fails as the page says; the list is used; the exercises' solutions."""
+    lesson, run, listing, members, a_joins, b_joins, jobs, by_name, again = block
     assert f"in {sum(map(bool, lesson.splitlines()))} lines" in README
-    listing, _ = block("from tooz ")
-    listing = listing.replace("/tmp/", f"{tmp_path}/")
-    (tmp_path / "members.py").write_text(listing)
-    commands = ".venv/bin/python lesson.py", ".venv/bin/python members.py"
-    again, members = ([block(one)[0]] for one in commands)
+    files = tmp_path / "lesson.py", tmp_path / "members.py"
+    for file, text in zip(files, (lesson, listing)):
+        file.write_text(text.replace("/tmp/", f"{tmp_path}/"))
 
-    a = shell(*again, cwd=tmp_path)
+    def prints(*patterns):
+        """Run members.py until it prints what fits."""
+        one = shell(members, cwd=tmp_path)
+        return one.expect(["(?s)" + ".*".join(patterns), r"[\]\)]\r\n.*\$ $"]) == 0
+
+    shell(members, cwd=tmp_path).sees("GroupNotCreated")
+    a = shell(run, cwd=tmp_path)
     a.sees(r"members: \{b'A'\}\r\n")
     a.send("\x03")
     a.sees("Traceback", "KeyboardInterrupt")
-    shell(*again, cwd=tmp_path).sees("MemberAlreadyExist")
-    b = shell(again[0].replace(" A ", " B "), cwd=tmp_path)
+    shell(run, cwd=tmp_path).sees("MemberAlreadyExist")
+    b = shell(run.replace(" A ", " B "), cwd=tmp_path)
     b.sees("members: ")
     b.send("\x03")
+    wait_until(lambda: prints(r"\[b'B'\]\r"))
+    wait_until(lambda: prints(r"\[\]\r"))
+    shell(run, cwd=tmp_path).sees("MemberAlreadyExist")
+
+    a = shell(a_joins)
+    a.sees("4. members: A\r\n")
+    b = shell(b_joins)
+    b.sees("4. members: A, B\r\n")
+    with files[1].open("a") as file:
+        file.write(jobs + by_name)
+    name = r"(b'A'|b'B')\r\n.*\$ "
     wait_until(
-        lambda: shell(*members, cwd=tmp_path).expect(["{b'B'}\r", "'A'|set"]) == 0
+        lambda: prints(r"b'A' \[0, 2, 4, 6, 8\]", r"b'B' \[1, 3, 5, 7, 9\]", name)
     )
-    wait_until(lambda: shell(*members, cwd=tmp_path).expect(["set", "'B'}"]) == 0)
-    shell(*again, cwd=tmp_path).sees("MemberAlreadyExist")
+    leave(a, b)
 
-    a = shell(client("A lesson"))
-    a.sees("A is taken", "4. members: A\r\n")
-    shell(client("B lesson")).sees("B is taken", "4. members: A, B\r\n")
-    a.sees("B joined, members: A, B")
-    jobs, _ = block("members = sorted(")
-    text = listing.replace("coordinator.stop()\n", f"{jobs}coordinator.stop()\n")
-    (tmp_path / "members.py").write_text(text)
-    shell(*members, cwd=tmp_path).sees(r"\[0, 2, 4, 6, 8\]\r\n")
-    (tmp_path / "members.py").write_text(text.replace('b"A"', 'b"B"'))
-    shell(*members, cwd=tmp_path).sees(r"\[1, 3, 5, 7, 9\]\r\n")
-
-
-@on("etcd")
-def test_bare_lesson(backend, programs):
-    """It does what the script does; and it fails as the table says."""
-    lesson, _ = block("import sys\n")
-    words = sys.executable, "-c", lesson
-
-    a = programs(*words, "A", GROUP, backend.url(timeout=5), "30")
-    a.sees(r"members: \{b'A'\}\n")
-    b = programs(*words, "B", GROUP, backend.url(), "0")
-    b.sees(r"members: \{b'(A', b'B|B', b'A)'\}\n")
-    b.ends(0)
-    suspend(a.process)
-    wait_until(
-        lambda: "members: C\n" in run("C", GROUP, backend.url(), "--wait", "0").stdout
+    files[0].write_text(
+        lesson.replace("b.get()", "b").replace(
+            "join_group(group.encode()).get()", "join_group(group.encode())"
+        )
     )
-    a.hit(signal.SIGCONT)
+    a = shell(run.replace(" 60", " 8"), cwd=tmp_path)
+    a.sees(r"members: \{b'A'\}\r\n")
+    b = shell(again.strip() + "; echo status $?\n", cwd=tmp_path)
+    b.sees(r"members: \{b'A'\}\r\n", "status 0")
     a.sees("MemberNotJoined")
-    down = [*words, "A", GROUP, "etcd3+http://localhost:1", "0"]
-    done = subprocess.run(down, check=False, capture_output=True, text=True)
-    assert len(done.stderr.splitlines()) > 50
+
+
+@ONE_SERVER
+@blocks(6)
+def test_etcd(shell, block):
+    """With etcd: look at the keys, the lease, and the events."""
+    etcd, a_joins, b_joins, keys, leases, watch = block
+    shell(QUIET, etcd)
+    a = shell(a_joins)
+    while a.expect(["4. members: clientA\r\n", "NO_PROXY"]) == 1:  # Not yet there.
+        a.types(a_joins)
+    b = shell(b_joins)
+    a.sees("clientB joined")
+    shown = shell(keys)
+    shown.sees(*filter(None, output(keys).splitlines()))
+    shell(leases).sees(r"granted\(30s\), remaining\(\d+s\), attached keys.*clientA")
+    events = shell(watch)
+    wait_until(
+        lambda: (
+            shell("pgrep -f 'watch --prefix'; echo .\n").expect([r"\d\r", r"\."]) == 0
+        )
+    )
+    leave(b)
+    events.sees("DELETE\r\n", "tooz/groups/group1/clientB")
+    leave(a)
+
+
+@ONE_SERVER
+@blocks(1)
+def test_pkill(shell, block):
+    """The command finds the client, and nothing else: it is tried without harm."""
+    found = block[0].replace("pkill -9", "pgrep").replace("clientB", "clientB-nobody")
+    assert subprocess.run(["bash", "-c", found], check=False).returncode in (0, 1)
+
+
+@ONE_SERVER
+@blocks(4)
+def test_memcached(shell, block):
+    """With memcached: look at the keys."""
+    memcached, a_joins, b_joins, keys = block
+    shell(QUIET, memcached)
+    a = shell(a_joins)
+    while a.expect(["4. members: clientA\r\n", "NO_PROXY"]) == 1:
+        a.types(a_joins)
+    b = shell(b_joins)
+    a.sees("clientB joined")
+    # Older versions of Tooz store no capabilities as b"", newer ones as None.
+    shown = re.escape(output(keys).strip()).replace(r"\\xc0", r"\\x(c0|c4\\x00)")
+    shell(keys).sees(shown)
+    leave(a, b)
+
+
+@ONE_SERVER
+@blocks(5)
+def test_break_it(shell, block):
+    """Suspend, cut, restart: what A and B say."""
+    a_joins, suspend, gateway, b_joins, on_memcached = block
+    servers = {}
+    for name, text in (
+        ("etcd", "etcd --data-dir /tmp/e\n"),
+        ("memcached", "memcached -u nobody\n"),
+    ):
+        servers[name] = shell(QUIET, text), text
+    a = shell(a_joins)
+    while a.expect(["4. members: clientA\r\n", "NO_PROXY"]) == 1:
+        a.types(a_joins)
+    b = shell(suspend)
+    a.sees(*["clientB joined", "clientB gone"] * 2)
+    b.sees(f"{EXPIRY}|clientB gone", "clientB joined", "clientB: 6. left")
+
+    connection = shell(gateway)
+    b = shell(b_joins)
+    while b.expect(["4. members: clientA, clientB\r\n", "NO_PROXY"]) == 1:
+        b.types(b_joins)
+    a.sees("clientB joined")
+    connection.send("\x1a")
+    b.sees("backend error: ", EXPIRY)
+    a.sees("clientB gone")
+    connection.send("fg\n")
+    b.sees("backend is back", "clientB gone", "clientB joined")
+    a.sees("clientB joined")
+    leave(b)
+    a.sees("clientB gone")
+
+    for name, outcome in (
+        ("etcd", []),
+        ("memcached", ["clientA gone", "clientA joined"]),
+    ):
+        server, text = servers[name]
+        if name == "memcached":
+            leave(a)
+            a = shell(on_memcached)
+            a.sees("4. members: clientA\r\n")
+        server.send("\x03")
+        a.sees("backend error")
+        server.types(text)
+        a.sees("backend is back", *outcome)
+    leave(a)
+
+
+@ONE_SERVER
+@blocks(2)
+def test_two_machines(shell, block):
+    """The servers listen where they are told, here at 127.0.0.1."""
+    for text, url in zip(
+        block, ("etcd3+http://192.0.2.1", "memcached://192.0.2.1:11211")
+    ):
+        shell(QUIET, text)
+        join = f".venv/bin/python {SCRIPT.name} A group1 {url} --wait 0\n"
+        a = shell(join)
+        while a.expect(["6. left", "NO_PROXY"]) == 1:
+            a.types(join)
+
+
+@blocks(1)
+def test_uv(shell, block):
+    """uv needs no environment."""
+    a = shell(block[0])
+    a.expect("4. members: clientA\r\n", timeout=4 * LIMIT)
+    leave(a)
+
+
+@ONE_SERVER
+@blocks(4)
+def test_cluster(shell, block):
+    """The commands of the cluster; one node is killed."""
+    start, a_joins, leader, kill = block
+    nodes = shell(start)
+    a = shell(a_joins)
+    while a.expect(["4. members: clientA\r\n", "NO_PROXY"]) == 1:
+        a.types(a_joins)
+    shell(leader).sees("IS LEADER", ":32371")
+    nodes.types(kill)
+    b = shell(a_joins.replace("clientA", "clientB"))
+    while b.expect(["4. members: clientA, clientB\r\n", "NO_PROXY"]) == 1:
+        b.types(a_joins.replace("clientA", "clientB"))
+    a.sees("clientB joined, members: clientA, clientB\r\n")
+    assert "clientA gone" not in a.transcript
+
+
+def test_every_block_has_a_test():
+    """Only the last one has none: it runs this."""
+    assert REST == ["tests/run\n"]
+
+
+def test_table():
+    """The page promises what the tests try, word for word."""
+    assert table("what happens") == ROWS
 
 
 def test_names_of_functions():
@@ -179,128 +326,15 @@ def test_names_of_functions():
         assert name.strip("`()") in functions
 
 
-@DEFAULT_PORTS
-def test_etcd(shell):
-    """With etcd: look at the keys, then break it."""
-    command, _ = block("etcd --data-dir")
-    etcd = None if answers(2379) else shell(QUIET, command)
-    wait_until(lambda: answers(2379))
-    a = shell(client("clientA group1 --wait"))
-    a.sees("lease: 30 s", "4. members: clientA\r\n", "lease .#")
-    b = shell(client("clientB group1 etcd3+http://localhost "))
-    a.sees("clientB joined")
-    command, output = block("etcdctl get")
-    assert subprocess.check_output(["bash", "-c", command], text=True) == output
-    for one in a, b:
-        one.send("\x03")
-        one.sees("6. left")
-
-    a = shell(client("clientA group1 'etcd3+http://127.0.0.1?"))
-    a.sees("4. members: clientA\r\n")
-    b = shell(client("clientB group1 'etcd3", "sleep 3; "))
-    a.sees(*["clientB joined", "clientB gone"] * 2)
-    b.sees("clientB: 3. joined again", "clientB: 6. left")
-
-    gateway = shell(QUIET, block("etcd gateway start --endpoints")[0])
-    wait_until(lambda: answers(23790))
-    b = shell(client("clientB group1 'etcd3+http://127.0.0.1:23790"))
-    a.sees("clientB joined")
-    b.sees("lease .#")
-    gateway.send("\x1a")
-    a.sees("clientB gone")
-    b.sees("backend error: ", "expired")
-    gateway.send("fg\n")
-    b.sees("3. joined again")
-    a.sees("clientB joined")
-    b.send("\x03")
-    a.sees("clientB gone")
-
-    if etcd:
-        etcd.send("\x03")
-        a.sees("backend error")
-        etcd.send("!etcd\n")  # bash: once more.
-        a.sees("backend is back, members: clientA\r\n")
-        assert "3. joined again" not in a.transcript
-    a.send("\x03")
-    a.sees("6. left")
-
-
-@DEFAULT_PORTS
-def test_memcached(shell):
-    """With memcached: look at the keys, then restart it."""
-    command, _ = block("memcached -u memcache\n")
-    memcached = None if answers(11211) else shell(QUIET, command)
-    wait_until(lambda: answers(11211))
-    a = shell(client("clientA group1 memcached:"))
-    a.sees("4. members: clientA\r\n")
-    b = shell(client("clientB group1 memcached:"))
-    a.sees("clientB joined")
-    command, output = block(".venv/bin/python -c")
-    keys = ["bash", "-c", command.replace(".venv/bin/python", sys.executable)]
-    # Older versions of Tooz store no capabilities as b"", newer ones as None.
-    shown = subprocess.check_output(keys, text=True).replace(r"\xc4\x00", r"\xc0")
-    assert shown == output
-    for one in a, b:
-        one.send("\x03")
-        one.sees("6. left")
-    a = shell(client("clientA group1 'memcached"))
-    a.sees("4. members: clientA\r\n")
-    if memcached:
-        memcached.send("\x03")
-        a.sees("backend error")
-        memcached.send(block("memcached -u memcache\n")[0])
-        a.sees("backend is back", "3. joined again\r\n", "4. members: clientA\r\n")
-    a.send("\x03")
-    a.sees("6. left")
-
-
-def test_cluster(shell):
-    """The commands of the cluster; one node is killed."""
-    nodes = shell(block("for n in 1 2 3")[0])
-    for port in 12379, 22379, 32379, 23791:
-        wait_until(lambda port=port: answers(port))
-    a = shell(client("clientA group1 'etcd3+http://127.0.0.1:23791"))
-    a.sees("4. members: clientA\r\n")
-    shell(block("etcdctl --endpoints")[0]).sees("IS LEADER", ":32379")
-    nodes.send(block("kill -9 %1")[0])
-    b = "clientB", GROUP, "etcd3+http://127.0.0.1:23791?timeout=10", "--wait", "1"
-    wait_until(lambda: run(*b).returncode == 0)  # When the others have a leader.
-    a.sees("clientB joined, members: clientA, clientB\r\n")
-    assert "3. joined again" not in a.transcript
-
-
-@on("file")
+@on("files")
 def test_picture(backend, start):
     """The scene is played; the picture shows just its lines."""
     url = backend.url(timeout=5)
     a, *twice = picture.play(lambda name: start(name, url))
     played = {"A": a.transcript, "B": "".join(one.transcript for one in twice)}
     for name, text in played.items():
-        text = text.replace(GROUP, "g1").replace(backend.url(), "file:///tmp/t")
+        text = text.replace("group1", "g").replace(backend.url(), "file:///tmp/t")
         assert said_by(name, text) == said_by(name, "\n".join(picture.story()[name]))
-
-
-def test_help():
-    """The page shows --help as it is. (Python 3.9 has another heading.)"""
-    shown = run("--help").stdout.replace("optional arguments:", "options:")
-    assert shown == block(".venv/bin/python tooz_join_group.py --help")[1]
-
-
-def test_every_command_is_run():
-    """Each block of commands begins as some string in this file does: a test runs it."""
-    here = ast.walk(ast.parse(pathlib.Path(__file__).read_text()))
-    strings = [one.value for one in here if isinstance(one, ast.Constant)]
-    starts = tuple(one for one in strings if isinstance(one, str) and len(one) > 5)
-    for kind, text in BLOCKS:
-        if kind in {"sh", "python"} and text != "tests/run\n":  # That runs this.
-            start = text.replace(".venv/bin/python tooz_join_group.py client", "client")
-            start = start.replace(".venv/bin/python tooz_join_group.py ", "")
-            assert start.startswith(starts), text
-
-
-def test_rows_have_tests():
-    """Each row of the table of faults is that of a test."""
-    assert not UNTRIED
 
 
 def test_links():
