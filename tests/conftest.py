@@ -160,11 +160,14 @@ def programs():
         return started[-1]
 
     yield program
+    sessions, killed = {one.process.pid for one in started}, []
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError, psutil.NoSuchProcess):
+            if os.getsid(process.pid) in sessions:
+                process.kill()
+                killed.append(process)
+    psutil.wait_procs(killed, LIMIT)  # Then their ports are free.
     for one in started:
-        for process in psutil.process_iter():
-            with contextlib.suppress(OSError, psutil.NoSuchProcess):
-                if os.getsid(process.pid) == one.process.pid:
-                    process.kill()
         one.process.wait()
         one.close()
 
