@@ -24,11 +24,9 @@ lesson is the first function, join_and_watch(), in six numbered steps.
 Backends matter:
 
     etcd3+http://localhost       For groups that matter: etcd drops a member
-                                 when its lease expires, and keeps its data on
-                                 disk.
+                                 whose lease expires, and has its data on disk.
     memcached://127.0.0.1:11211  For what may be lost: members that poll drop
-                                 the dead ones, and after a restart of
-                                 memcached all groups are gone.
+                                 the dead ones, and a restart loses all groups.
     file:///tmp/tooz             To learn and to test, on one host, without a
                                  server: members that poll skip the dead ones.
 
@@ -36,8 +34,7 @@ The default URL is $TOOZ_BACKEND_URL, or etcd's as above.
 Exit status: 0 done, 1 failed, 2 wrong arguments, 128+n ended by signal n.
 
 It goes with the lesson "Creating, Joining and Leaving Groups" of The Hacker's
-Guide to Scaling Python:
-https://www.educative.io/courses/hackers-guide-scaling-python
+Guide to Scaling Python.
 """
 
 import argparse
@@ -223,19 +220,13 @@ def refuse_taken_name(args):
 
 
 def now():
-    """Return seconds, on a clock that runs on while a laptop sleeps, as our lease does.
-
-    Nobody sets it, either. (time.monotonic() stands still in a sleep; macOS has no
-    CLOCK_BOOTTIME, and needs none.)
-    """
+    """Return seconds, on a clock that nobody sets, and that runs on in a laptop's sleep."""
+    # time.monotonic() stands still then. macOS has no CLOCK_BOOTTIME, and needs none.
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def poll(coordinator, group_id, limit):
-    """Return the members, a set of bytes, within `limit` seconds.
-
-    Raises what Tooz and its driver raise.
-    """
+    """Return the members, a set of bytes, or raise what Tooz raises, in `limit` seconds."""
     try:
         return coordinator.get_members(group_id).get(limit)
     except coordination.GroupNotCreated:

@@ -125,7 +125,9 @@ class Program(pexpect.fdpexpect.fdspawn):
             **options,
         )
         os.close(writer)
-        super().__init__(reader, encoding="utf-8", timeout=LIMIT)
+        super().__init__(
+            reader, encoding="utf-8", codec_errors="replace", timeout=LIMIT
+        )
         self.logfile_read = io.StringIO()
 
     def sees(self, *patterns):
