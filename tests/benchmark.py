@@ -24,7 +24,7 @@ import time
 
 import pexpect
 import psutil
-from conftest import BACKENDS, LIMIT, README, SCRIPT, Program, command
+from conftest import BACKENDS, LIMIT, README, Program, command
 from tooz import coordination
 
 # What the script promises. (That no signal does harm is a promise, too.)

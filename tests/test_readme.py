@@ -278,6 +278,14 @@ def test_break_it(shell, block):
     leave(a)
 
 
+@blocks(1)
+def test_uv(shell, block):
+    """uv needs no environment."""
+    a = shell(block[0])
+    a.expect("4. members: clientA\r\n", timeout=4 * LIMIT)
+    leave(a)
+
+
 @blocks(2)
 def test_two_machines(shell, block):
     """The servers listen where they are told, here at 127.0.0.1."""
@@ -289,14 +297,6 @@ def test_two_machines(shell, block):
         a = shell(join)
         while a.expect(["6. left", "NO_PROXY"]) == 1:
             a.types(join)
-
-
-@blocks(1)
-def test_uv(shell, block):
-    """uv needs no environment."""
-    a = shell(block[0])
-    a.expect("4. members: clientA\r\n", timeout=4 * LIMIT)
-    leave(a)
 
 
 @blocks(4)
