@@ -163,8 +163,10 @@ def test_lesson(shell, tmp_path, block):
     shell(run, cwd=tmp_path).sees("MemberAlreadyExist")
     b = shell(run.replace(" A ", " B "), cwd=tmp_path)
     b.sees("members: ")
+    wait_until(lambda: prints(r"\[b'B'\]"))  # A's lease has expired.
     b.send("\x03")
-    wait_until(lambda: prints(r"\[b'B'\]"))  # When A's lease has expired, too.
+    b.sees("Traceback")
+    assert prints(r"\[b'B'\]")
     wait_until(lambda: prints(r"\[\]"))
     shell(run, cwd=tmp_path).sees("MemberAlreadyExist")
 
@@ -180,7 +182,7 @@ def test_lesson(shell, tmp_path, block):
 
     step3 = "coordinator.join_group(group.encode())"
     files[0].write_text(lesson.replace(f"{step3}.get()", step3))
-    a = shell(run.replace(" 60", " 8"), cwd=tmp_path)
+    a = shell(run.replace(" 60", " 15"), cwd=tmp_path)
     a.sees(r"members: \{b'A'\}\r\n")
     b = shell(again.strip() + "; echo status $?\n", cwd=tmp_path)
     b.sees(r"members: \{b'A'\}\r\n", "status 0")
