@@ -54,7 +54,7 @@ except ImportError as missing:
 
 POLL_EVERY = 0.25  # Seconds between two polls: a join or a leave shows within 0.3 s.
 POLL_LIMIT = 5  # Seconds. A backend that takes longer to answer a poll counts as down.
-LIMIT = 10  # Seconds for other calls. In a crowd, a join on memcached takes some.
+LIMIT = 10  # Seconds for other calls. In a crowd, joins on memcached take several.
 NOT_A_MEMBER = coordination.MemberNotJoined, coordination.GroupNotCreated
 
 
@@ -144,11 +144,11 @@ def watch(coordinator, args, lease, members, asked, signals):
             # Here a real service stops what only a member may do: the backend hangs, or
             # we were suspended, and the others may have replaced us already.
             event("our lease may have expired: stop acting as a member")
-            expires = math.inf  # We say it once.
+            expires = math.inf  # We say it once, until a poll lists us again.
         asked = now()
         try:
             found = poll(coordinator, args.group_id, min(POLL_LIMIT, expires - asked))
-            # If we are listed in spite of an expiry, a heartbeat is overdue: see there.
+            # Listed in spite of an expiry, we may still owe a heartbeat: it sends one.
             if args.me not in found or expires == math.inf:
                 join_again(coordinator, args.group_id)
         except Exception as error:  # noqa: BLE001 (drivers raise what they like)
@@ -205,7 +205,7 @@ def refuse_taken_name(args):
     keep a crashed client of this name listed. Raises what Tooz and its driver raise.
     """
     # The observer asks under a name that no client can have. It joins nothing and has
-    # no heart, so there is nothing to stop.
+    # no heart, so we save the second that its stop() would take.
     observer = coordination.get_coordinator(args.url, args.me + b"?")
     observer.start()
     with contextlib.suppress(*NOT_A_MEMBER):
