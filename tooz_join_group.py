@@ -346,10 +346,10 @@ def main():
         refuse_taken_name(args)
         return join_and_watch(args)
     except coordination.MemberAlreadyExist:
-        why = (
-            f"{args.client} is a member of {args.group} already: it is running, or it "
+        why = f"{args.client} is a member of {args.group} already: it is running, or "
+        why += (
+            "it crashed less than a lease ago. Try again then, or choose another name"
         )
-        why += "crashed less than a lease ago. Try again then, or choose another name"
     except Exception as error:  # noqa: BLE001 (drivers raise what they like)
         say(args, f"cannot use {args.url}: {root_cause(error)}", sys.stderr)
         why = "check the URL (etcd3+http://localhost, memcached://127.0.0.1, or, without a "
