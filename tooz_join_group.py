@@ -68,7 +68,7 @@ def join_and_watch(args):
     # 1. The coordinator is our connection to the backend. Its heart is a thread that
     #    sends heartbeats; a member that sends none for a whole lease is dropped.
     #    heartbeat() sends one, too, and returns the seconds within which the next one
-    #    is due: our lease. The heart waits for about half of that.
+    #    is due, usually our lease. The heart waits for about half of that.
     coordinator = coordination.get_coordinator(args.url, args.me)
     coordinator.start(start_heart=True)
     lease = coordinator.heartbeat()
