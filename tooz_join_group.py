@@ -25,10 +25,10 @@ Backends matter:
 
     etcd3+http://localhost       For groups that matter: etcd drops a member
                                  whose lease expires, and has its data on disk.
-    memcached://127.0.0.1:11211  For what may be lost: members that poll drop
+    memcached://127.0.0.1:11211  For what may be lost: clients that poll drop
                                  the dead ones, and a restart loses all groups.
     file:///tmp/tooz             To learn and to test, on one host, without a
-                                 server: members that poll skip the dead ones.
+                                 server: clients that poll skip the dead ones.
 
 The default URL is $TOOZ_BACKEND_URL, or etcd's as above.
 Exit status: 0 done, 1 failed, 2 wrong arguments, 128+n ended by signal n.
@@ -54,7 +54,7 @@ except ImportError as missing:
 
 POLL_EVERY = 0.25  # Seconds between two polls: a join or a leave shows within 0.3 s.
 POLL_LIMIT = 5  # Seconds. A backend that takes longer to answer a poll counts as down.
-LIMIT = 10  # Seconds for other calls. In a crowd, joins on memcached take several.
+LIMIT = 10  # Seconds for other get()s. In a crowd, joins on memcached take several.
 NOT_A_MEMBER = coordination.MemberNotJoined, coordination.GroupNotCreated
 
 
@@ -63,7 +63,7 @@ def join_and_watch(args):
 
     `args` is what arguments() returns. The status is 0, or 128 + n after signal n, or 1
     if we could not leave. Raises what Tooz and its driver raise in steps 1 to 4, such
-    as MemberAlreadyExist if our name is in the list already.
+    as MemberAlreadyExist if the group has our name already.
     """
     # 1. The coordinator is our connection to the backend. Its heart is a thread that
     #    sends heartbeats; a member that sends none for a whole lease is dropped.
@@ -84,9 +84,9 @@ def join_and_watch(args):
 
     # A member killed by Ctrl-C would stay listed until its lease expires. So from here
     # on, signals are only collected: they end step 5, and we leave in step 6. A signal
-    # has to wait for the call that is running, so each get() has a limit, in seconds.
+    # has to wait for the call that is running, so each get() below has a limit.
     with caught_signals() as signals:
-        # 3. From now on the backend lists us, for as long as our heart beats.
+        # 3. From now on the backend lists us, until our heart misses a whole lease.
         coordinator.join_group(args.group_id).get(LIMIT)
         try:
             say(args, f"3. joined {args.group} (lease: {lease:g} s)")
@@ -115,14 +115,14 @@ def join_and_watch(args):
                 say(args, f"could not leave {args.group}: {cause}", sys.stderr)
     if not left:
         return 1
-    coordinator.stop()  # This stops the heart, too, and closes the connection.
+    coordinator.stop()  # This stops the heart, too.
     return 128 + signals[0] if signals else 0
 
 
 def watch(coordinator, args, lease, members, asked, signals):
     """Show who joins and leaves, for `args.wait` seconds or until a signal is caught.
 
-    `lease` is in seconds; `members`, a set of bytes, is the list shown last, and was
+    `lease` is in seconds; `members`, a set, is the list shown last, and was
     asked for at `asked`, a time of now().
     """
 
@@ -134,7 +134,7 @@ def watch(coordinator, args, lease, members, asked, signals):
     end = now() + float(args.wait)
     # We cannot know when our lease expires, so we stay on the safe side. When a poll is
     # sent, our last heartbeat may be half a lease old, and the backend drops us half a
-    # lease later. (That assumes that heartbeats arrive when polls do.)
+    # lease later. (That assumes that heartbeats arrive as soon as polls do.)
     expires = asked + lease / 2
     down = False
     while not signals and (remaining := end - now()) > 0:
@@ -226,7 +226,7 @@ def now():
 
 
 def poll(coordinator, group_id, limit):
-    """Return the members, a set of bytes, or raise what Tooz raises, in `limit` seconds."""
+    """Return the set of members, or raise what Tooz raises, in `limit` seconds."""
     try:
         return coordinator.get_members(group_id).get(limit)
     except coordination.GroupNotCreated:
