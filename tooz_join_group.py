@@ -17,7 +17,7 @@ lesson is the first function, join_and_watch(), in six numbered steps.
     backend      a server, or a folder, that keeps the groups and their members
     coordinator  a client's connection to the backend
     heartbeat    what a coordinator sends about twice per lease: I am alive
-    lease        how long a member stays one after its last heartbeat: 30 s,
+    lease        how long a member may go without sending a heartbeat: 30 s,
                  10 s on files; with ?timeout=5 at the end of the URL, 5 s
     future       what a call returns while it still runs; get() waits for it
 
@@ -53,7 +53,7 @@ except ImportError as missing:
     sys.exit(f"{missing}. Try .venv/bin/python, or: pip install -r requirements.txt")
 
 POLL_EVERY = 0.25  # Seconds between two polls: a join or a leave shows within 0.3 s.
-POLL_LIMIT = 5  # Seconds. A backend that takes longer to answer a poll counts as down.
+POLL_LIMIT = 5  # Seconds, at most. A backend that answers a poll later counts as down.
 LIMIT = 10  # Seconds for other get()s. In a crowd, joins on memcached take several.
 NOT_A_MEMBER = coordination.MemberNotJoined, coordination.GroupNotCreated
 
@@ -144,13 +144,12 @@ def watch(coordinator, args, lease, members, asked, signals):
             # Here a real service stops what only a member may do: the backend hangs, or
             # we were suspended, and the others may have replaced us already.
             event("our lease may have expired: stop acting as a member")
-            expires = math.inf  # We say it once, until a poll lists us again.
-        asked = now()
+            members, expires = members - {args.me}, math.inf
         try:
-            found = poll(coordinator, args.group_id, min(POLL_LIMIT, expires - asked))
-            # Listed in spite of an expiry, we may still owe a heartbeat: it sends one.
-            if args.me not in found or expires == math.inf:
+            if args.me not in members:
                 join_again(coordinator, args.group_id)
+            asked = now()
+            found = poll(coordinator, args.group_id, min(POLL_LIMIT, expires - asked))
         except Exception as error:  # noqa: BLE001 (drivers raise what they like)
             if not down:
                 event(f"backend error: {root_cause(error)}; still trying")
@@ -158,11 +157,10 @@ def watch(coordinator, args, lease, members, asked, signals):
             continue
         if down:
             event(f"backend is back, {listing(found)}")
-        elif expires == math.inf and args.me in found & members:
-            event(f"still a member, {listing(found)}")
         # A group is a set: what is in only one of two lists has joined, or is missing.
         # We say "gone", as the list does not tell a member that left from one that
-        # crashed. It may be ourselves: then a real service stops here, too.
+        # crashed. It may be ourselves. Then a real service stops here, too; it goes on
+        # once it has "joined".
         for who in sorted(found ^ members, key=os.fsdecode):
             what = "joined" if who in found else "gone"
             event(f"{os.fsdecode(who)} {what}, {listing(found)}")
@@ -212,15 +210,15 @@ def refuse_taken_name(args):
         observer.get_member_capabilities(args.group_id, args.me).get(LIMIT)
         if args.me in observer.get_members(args.group_id).get(LIMIT):
             raise coordination.MemberAlreadyExist(args.group_id, args.me)
-        # Our name has an entry, but is not listed: on files, that is what a crash leaves
-        # behind, and we would be refused for ever. So we leave for the crashed client.
+        # Our name has an entry, but is not listed: on files, a crash leaves it behind,
+        # and we would be refused for ever. So we leave in the crashed client's place.
         crashed = coordination.get_coordinator(args.url, args.me)
         crashed.start()
         crashed.leave_group(args.group_id).get(LIMIT)
 
 
 def now():
-    """Return seconds, on a clock that nobody sets, and that runs on in a laptop's sleep."""
+    """Return seconds, on a clock that nobody sets and that no laptop's sleep stops."""
     # time.monotonic() stands still then. macOS has no CLOCK_BOOTTIME, and needs none.
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
@@ -261,8 +259,8 @@ def root_cause(error):
 
 # --- Input and output ---
 
-# Without a host, most drivers silently take localhost; ZooKeeper's takes several. With a
-# lease of 0, memcached keeps a member for ever, and the heart never rests.
+# Without a host, most drivers silently take localhost; ZooKeeper's takes several. With
+# a lease of 0, memcached keeps a member for ever, and the heart never rests.
 HOST = r"(\[[\w.:%]+\]|[\w.-]+)(:0*[1-9]\d*)?"
 SERVER = rf"(?!file:)[\w+.-]+://([^/?#\s]*@)?{HOST}(,{HOST})*(/[^?#]*)?"
 URL = rf"(?ai)(?!.*timeout=(-|0+(&|$)))({SERVER}|file:///[^?#]+)(\?[^#]*)?"
@@ -292,7 +290,7 @@ def arguments():
 
 
 def matching(pattern, use):
-    """Return a type for argparse: text that matches, or an error that says what to use."""
+    """Return a type for argparse: text that matches, or an error that says how."""
 
     def check(text):
         if re.fullmatch(pattern, text):
@@ -346,14 +344,16 @@ def main():
         refuse_taken_name(args)
         return join_and_watch(args)
     except coordination.MemberAlreadyExist:
-        why = f"{args.client} is a member of {args.group} already: it is running, or "
-        why += (
-            "it crashed less than a lease ago. Try again then, or choose another name"
+        why = (
+            f"{args.client} is a member of {args.group} already: it is running, or it "
+            "crashed less than a lease ago. Try again then, or choose another name"
         )
     except Exception as error:  # noqa: BLE001 (drivers raise what they like)
         say(args, f"cannot use {args.url}: {root_cause(error)}", sys.stderr)
-        why = "check the URL (etcd3+http://localhost, memcached://127.0.0.1, or, without a "
-        why += "server, file:///tmp/tooz), that the backend runs there, and NO_PROXY"
+        why = (
+            "check the URL (etcd3+http://localhost, memcached://127.0.0.1, or, without "
+            "a server, file:///tmp/tooz), that the backend runs there, and NO_PROXY"
+        )
     say(args, why, sys.stderr)
     return 1
 
