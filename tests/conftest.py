@@ -1,27 +1,23 @@
 """Real backends on free ports, and the script as a process, as users run it."""
 
-import concurrent.futures
 import contextlib
-import fcntl
 import io
 import os
 import pathlib
 import re
 import shutil
 import signal
-import socket
-import struct
 import subprocess
 import sys
-import termios
 import time
 import urllib.parse
 
 import fasteners
 import mirakuru
-import pexpect.fdpexpect
+import pexpect
 import port_for
 import psutil
+import pymemcache
 import pyte
 import pytest
 
@@ -46,12 +42,6 @@ PORTS = iter(range(20000 + 300 * WORKER, 20300 + 300 * WORKER))
 def free_port():
     """Return a port that nobody listens on."""
     return next(port for port in PORTS if not port_for.port_is_used(port))
-
-
-def table(heading):
-    """Return the rows of the README's table that begins so, as lists of cells."""
-    rows = re.search(rf"(?m)^\| {heading} \|.*\n.*\n((\|.*\n)+)", README)[1]
-    return [re.split(r" *\| *", row)[1:-1] for row in rows.splitlines()]
 
 
 def wait_until(it_is_so):
@@ -95,60 +85,48 @@ def run(*arguments, script=SCRIPT):
 def screen(text, columns=80):
     """Return what a terminal shows after that output, without empty lines."""
     terminal = pyte.Screen(columns, 300)
+    terminal.set_mode(pyte.modes.LNM)  # A transcript has no \\r.
     pyte.Stream(terminal).feed(text)
     return [line.rstrip() for line in terminal.display if line.strip()]
 
 
 def afresh():
-    """Inherit nothing from whoever started pytest: it may have been nohup, or a script's &."""
+    """Ignore no signals, even if whoever started pytest did: nohup, or a script's &."""
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         signal.signal(number, signal.SIG_DFL)
-    if os.isatty(0):
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-class Program(pexpect.fdpexpect.fdspawn):
-    """A command in a session of its own: in a pipe, or in a terminal of 80 columns."""
+class Program(pexpect.spawn):
+    """A command in a session of its own, in a terminal that can do nothing, or all."""
 
-    def __init__(self, *words, terminal=False, columns=80, **options):
-        reader, writer = os.openpty() if terminal else os.pipe()
-        if terminal:
-            size = struct.pack("HHHH", 24, columns, 0, 0)
-            fcntl.ioctl(writer, termios.TIOCSWINSZ, size)
-        self.process = subprocess.Popen(
-            words,
-            preexec_fn=afresh,  # noqa: PLW1509 (no other thread holds a lock then)
-            stdin=writer if terminal else subprocess.DEVNULL,
-            stdout=writer,
-            stderr=writer,
-            start_new_session=True,
-            **options,
-        )
-        os.close(writer)
-        super().__init__(
-            reader, encoding="utf-8", codec_errors="replace", timeout=LIMIT
-        )
+    def __init__(self, *words, terminal=False, env=os.environ, **options):
+        env = {**env, "TERM": "xterm" if terminal else "dumb"}
+        options |= {"env": env, "encoding": "utf-8", "codec_errors": "replace"}
+        super().__init__(words[0], [*words[1:]], LIMIT, preexec_fn=afresh, **options)
         self.logfile_read = io.StringIO()
 
     def sees(self, *patterns):
         """Wait until the patterns appear in the output, one after the other."""
         for pattern in patterns:
-            which = self.expect([pattern, pexpect.EOF, pexpect.TIMEOUT])
+            wanted = pattern.replace("\n", "\r\n")
+            which = self.expect([wanted, pexpect.EOF, pexpect.TIMEOUT])
             assert which == 0, f"{pattern!r} did not come:\n{self.transcript}"
 
     @property
     def transcript(self):
         """All output until now."""
-        return self.logfile_read.getvalue()
+        return self.logfile_read.getvalue().replace("\r\n", "\n")
 
     def hit(self, number):
         """Send a signal to the program and its children."""
-        os.killpg(self.process.pid, number)
+        os.killpg(self.pid, number)
 
     def ends(self, *statuses):
         """Wait for its end; hold it to one of these statuses, and to no traceback."""
         self.expect(pexpect.EOF)
-        assert self.process.wait(LIMIT) in statuses, self.transcript
+        wait_until(lambda: not self.isalive())
+        status = -self.signalstatus if self.signalstatus else self.exitstatus
+        assert status in statuses, self.transcript
         assert "Traceback" not in self.transcript, self.transcript
 
 
@@ -157,20 +135,17 @@ def programs():
     """Start programs with programs(word, …); none survives its test."""
     started = []
 
-    def program(*words, **options):
-        started.append(Program(*words, **options))
+    def program(*words, kind=Program, **options):
+        started.append(kind(*words, **options))
         return started[-1]
 
     yield program
-    sessions, killed = {one.process.pid for one in started}, []
+    sessions = {one.pid for one in started}
     for process in psutil.process_iter():
         with contextlib.suppress(OSError, psutil.NoSuchProcess):
             if os.getsid(process.pid) in sessions:
                 process.kill()
-                killed.append(process)
-    psutil.wait_procs(killed, LIMIT)  # Then their ports are free.
     for one in started:
-        one.process.wait()
         one.close()
 
 
@@ -197,35 +172,30 @@ def member(start):
     return member
 
 
-def server(words, where):
-    """Return a process: it runs as soon as it answers there, at a URL or at a port."""
-    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-    if isinstance(where, int):
-        return mirakuru.TCPExecutor(words, "127.0.0.1", where, timeout=LIMIT, **quiet)
-    # etcd refuses HEAD, mirakuru's default.
-    return mirakuru.HTTPExecutor(words, where, timeout=LIMIT, method="GET", **quiet)
-
-
 class Backend:
-    """A backend: its URL and, where there are any, its processes, for a test to break."""
+    """A backend for a test to break: its URL and, except with files, its server."""
 
-    def __init__(self, url, *processes, folder=None):
-        self.base, self.processes, self.folder = url, processes, folder
+    def __init__(self, url, command=None, folder=None):
+        self.base, self.folder = url, folder
         self.port = urllib.parse.urlsplit(url).port
+        quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        at = "127.0.0.1", self.port
+        self.server = command and mirakuru.TCPExecutor(
+            command, *at, timeout=LIMIT, **quiet
+        )
 
     def url(self, timeout=None):
         """Return the Tooz URL, with a lease of that many seconds."""
         return f"{self.base}?timeout={timeout}" if timeout else self.base
 
     def start(self):
-        # A node of a cluster runs only once it has met a second one.
-        with concurrent.futures.ThreadPoolExecutor() as threads:
-            list(threads.map(lambda process: process.start(), self.processes))
+        if self.server:
+            self.server.start()
         return self
 
     def kill(self):
-        for process in self.processes:
-            process.kill()
+        if self.server:
+            self.server.kill()
 
     def lock(self):
         """Return what no client holds meanwhile: suspended with it, it stops them all."""
@@ -239,66 +209,46 @@ class Backend:
         self.start()
 
     def pause(self):
-        for process in self.processes:
-            suspend(process.process)
+        suspend(self.server.process)
 
     def resume(self):
-        for process in self.processes:
-            os.killpg(process.process.pid, signal.SIGCONT)
-
-
-def addresses(servers):
-    """Return where they listen, as etcd's programs want it."""
-    return ",".join(f"127.0.0.1:{one.port}" for one in servers)
-
-
-def etcdctl(etcds, *words):
-    """Run etcdctl; return its output."""
-    words = ["etcdctl", "--endpoints", addresses(etcds), *words]
-    return subprocess.check_output(words, text=True)
+        os.killpg(self.server.process.pid, signal.SIGCONT)
 
 
 class Etcd(Backend):
-    """One etcd. In a cluster, `peers` has the names of all members, and their ports."""
+    def __init__(self, folder):
+        url, peer = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
+        command = (
+            f"etcd --data-dir {folder}/etcd --initial-cluster default={peer}"
+            f" --listen-client-urls {url} --advertise-client-urls {url}"
+            f" --listen-peer-urls {peer} --initial-advertise-peer-urls {peer}"
+        )
+        super().__init__(f"etcd3+{url}", command, folder / "etcd")
 
-    def __init__(self, folder, name="etcd", peers=None):
-        client, peers = f"http://127.0.0.1:{free_port()}", peers or {name: free_port()}
-        urls = {one: f"http://127.0.0.1:{at}" for one, at in peers.items()}
-        words = ["etcd", "--name", name, "--data-dir", str(folder / name)]
-        words += ["--listen-client-urls", client, "--advertise-client-urls", client]
-        words += ["--listen-peer-urls", urls[name]]
-        words += ["--initial-advertise-peer-urls", urls[name]]
-        words += ["--initial-cluster", ",".join("=".join(one) for one in urls.items())]
-        process = server(words, f"{client}/health")
-        super().__init__(f"etcd3+{client}", process, folder=folder / name)
+    def delete(self, *keys):
+        keys = [f"tooz/groups/{GROUP}/{key}" for key in keys]
+        etcdctl = ["etcdctl", "--endpoints", f"127.0.0.1:{self.port}", "del"]
+        assert subprocess.check_output([*etcdctl, *keys]) != b"0\n"
 
     def delete_members(self):
-        for lease in re.findall(
-            r"(?m)^[0-9a-f]{8,}$", etcdctl([self], "lease", "list")
-        ):
-            etcdctl([self], "lease", "revoke", lease)
+        self.delete("A", "Z")  # That is from A to Z.
 
     def delete_group(self):
-        """Delete its key alone: the members' keys stay."""
-        assert etcdctl([self], "del", f"tooz/groups/{GROUP}/") == "1\n"
+        self.delete("")  # The members' keys stay.
 
 
 class Memcached(Backend):
     def __init__(self, folder):
         port = free_port()
-        words = f"memcached -u nobody -l 127.0.0.1 -p {port}".split()
-        super().__init__(f"memcached://127.0.0.1:{port}", server(words, port))
-
-    def tell(self, words, answer):
-        with socket.create_connection(("127.0.0.1", self.port)) as connection:
-            connection.sendall(f"{words}\r\n".encode())
-            assert connection.recv(100) == f"{answer}\r\n".encode()
+        command = f"memcached -u nobody -l 127.0.0.1 -p {port}"
+        super().__init__(f"memcached://127.0.0.1:{port}", command)
+        self.client = pymemcache.Client(("127.0.0.1", port))
 
     def delete_members(self):
-        self.tell("flush_all", "OK")
+        assert self.client.flush_all(noreply=False)
 
     def delete_group(self):
-        self.tell(f"delete _TOOZ_GROUP_{GROUP}", "DELETED")
+        assert self.client.delete(f"_TOOZ_GROUP_{GROUP}", noreply=False)
 
 
 class Files(Backend):
@@ -319,35 +269,13 @@ class Files(Backend):
 class Gateway(Backend):
     """A connection that can be cut: etcd's own gateway, which forwards any TCP."""
 
-    def __init__(self, servers):
-        port, first = free_port(), servers[0]
-        url = first.base.replace(f":{first.port}", f":{port}")
-        words = f"etcd gateway start --endpoints {addresses(servers)}"
-        words += " --retry-delay 1s --listen-addr"
-        health = f"http://127.0.0.1:{port}/health" if "etcd" in url else port
-        super().__init__(url, server([*words.split(), f"127.0.0.1:{port}"], health))
+    def __init__(self, backend):
+        here, there = (f"127.0.0.1:{port}" for port in (free_port(), backend.port))
+        command = f"etcd gateway start --listen-addr {here} --endpoints {there}"
+        super().__init__(backend.base.replace(there, here), command)
 
 
-class Cluster(Backend):
-    """Three etcds behind a gateway, whose address the clients get."""
-
-    def __init__(self, folder):
-        peers = {f"node{one}": free_port() for one in range(3)}
-        self.nodes = [Etcd(folder, name=name, peers=peers) for name in peers]
-        gateway = Gateway(self.nodes)
-        every = [process for one in (*self.nodes, gateway) for process in one.processes]
-        super().__init__(gateway.base, *every)
-
-    def split(self):
-        """Return the nodes as (the leader, the others)."""
-        table = etcdctl(self.nodes, "endpoint", "status", "--write-out", "fields")
-        ids = re.findall(r'"MemberID" : (\d+)', table)
-        nodes = dict(zip(ids, self.nodes))
-        leader = nodes.pop(re.search(r'"Leader" : (\d+)', table).group(1))
-        return leader, [*nodes.values()]
-
-
-BACKENDS = {"etcd": Etcd, "memcached": Memcached, "files": Files, "cluster": Cluster}
+BACKENDS = {"etcd": Etcd, "memcached": Memcached, "files": Files}
 
 
 def on(*names):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def test_terminal(backend, start):
         a.sees(rf"\d+ s remaining, heartbeats: {beats}")
     b = start("B", backend.url(timeout=4))
     a.sees("B joined, members: A, B")
-    b.process.terminate()
+    b.hit(signal.SIGTERM)
     a.sees("B gone, members: A", "s remaining")
     a.send("\x03")
     a.ends(130)
@@ -57,7 +58,9 @@ def test_terminal(backend, start):
 def test_narrow_terminal(backend, start, name, columns):
     """The status line never wraps, or it could not be erased."""
     run(name, GROUP, backend.url(), "--wait", "0")  # Now the group exists.
-    a = start(name, backend.url(), "--wait", "1", terminal=True, columns=columns)
+    a = start(
+        name, backend.url(), "--wait", "1", terminal=True, dimensions=(24, columns)
+    )
     a.ends(0)
     shown = "".join("".join(screen(a.transcript, columns)).split())
     piped = run(name, GROUP, backend.url(), "--wait", "1").stdout
