@@ -85,7 +85,7 @@ def run(*arguments, script=SCRIPT):
 def screen(text, columns=80):
     """Return what a terminal shows after that output, without empty lines."""
     terminal = pyte.Screen(columns, 300)
-    terminal.set_mode(pyte.modes.LNM)  # A transcript has no \\r.
+    terminal.set_mode(pyte.modes.LNM)  # A transcript has no \r.
     pyte.Stream(terminal).feed(text)
     return [line.rstrip() for line in terminal.display if line.strip()]
 
@@ -225,16 +225,12 @@ class Etcd(Backend):
         )
         super().__init__(f"etcd3+{url}", command, folder / "etcd")
 
-    def delete(self, *keys):
+    def delete(self, what):
+        # The members' keys are from A to Z. They stay when the group's key is deleted.
+        keys = {"the group": [""], "all its members": ["A", "Z"]}[what]
         keys = [f"tooz/groups/{GROUP}/{key}" for key in keys]
         etcdctl = ["etcdctl", "--endpoints", f"127.0.0.1:{self.port}", "del"]
         assert subprocess.check_output([*etcdctl, *keys]) != b"0\n"
-
-    def delete_members(self):
-        self.delete("A", "Z")  # That is from A to Z.
-
-    def delete_group(self):
-        self.delete("")  # The members' keys stay.
 
 
 class Memcached(Backend):
@@ -242,13 +238,11 @@ class Memcached(Backend):
         port = free_port()
         command = f"memcached -u nobody -l 127.0.0.1 -p {port}"
         super().__init__(f"memcached://127.0.0.1:{port}", command)
-        self.client = pymemcache.Client(("127.0.0.1", port))
 
-    def delete_members(self):
-        assert self.client.flush_all(noreply=False)
-
-    def delete_group(self):
-        assert self.client.delete(f"_TOOZ_GROUP_{GROUP}", noreply=False)
+    def delete(self, what):
+        client = pymemcache.Client(("127.0.0.1", self.port), default_noreply=False)
+        group = f"_TOOZ_GROUP_{GROUP}"
+        assert client.delete(group) if what == "the group" else client.flush_all()
 
 
 class Files(Backend):
@@ -258,21 +252,11 @@ class Files(Backend):
     def lock(self):
         return fasteners.InterProcessLock(self.folder / ".driver_lock")
 
-    def delete_members(self):
+    def delete(self, what):
+        if what == "the group":
+            shutil.rmtree(self.folder / "groups")
         for member in self.folder.glob("groups/*/*.raw"):
             member.unlink()
-
-    def delete_group(self):
-        shutil.rmtree(self.folder / "groups")
-
-
-class Gateway(Backend):
-    """A connection that can be cut: etcd's own gateway, which forwards any TCP."""
-
-    def __init__(self, backend):
-        here, there = (f"127.0.0.1:{port}" for port in (free_port(), backend.port))
-        command = f"etcd gateway start --listen-addr {here} --endpoints {there}"
-        super().__init__(backend.base.replace(there, here), command)
 
 
 BACKENDS = {"etcd": Etcd, "memcached": Memcached, "files": Files}
@@ -289,18 +273,3 @@ def backend(request, tmp_path):
     one = BACKENDS[request.param](tmp_path)
     request.addfinalizer(one.kill)
     return one.start()
-
-
-def pytest_collection_modifyitems(items):
-    """End with the tests that wait for all others to end."""
-    items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
-
-
-@pytest.fixture(autouse=True)
-def alone(request, tmp_path_factory):
-    """Let the tests that take the whole machine run while no other test does."""
-    path = tmp_path_factory.getbasetemp().parent / "alone.lock"
-    lock = fasteners.InterProcessReaderWriterLock(path)
-    marked = request.node.get_closest_marker("alone")
-    with lock.write_lock() if marked else lock.read_lock():
-        yield

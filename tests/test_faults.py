@@ -9,7 +9,6 @@ from conftest import (
     BACKENDS,
     CLOCK,
     GROUP,
-    Gateway,
     broken,
     on,
     run,
@@ -50,7 +49,7 @@ def all_is_well(start, url, a, b):
     c = start("C", url)
     c.sees("members: A, B, C\n")
     for client in a, b:
-        client.sees("C joined, members: A, B, C\n")
+        client.sees("members: A, B, C\n")
     so_far = a.transcript, b.transcript
     for client, left in (a, "A gone, members: B, C"), (b, "B gone, members: C"):
         client.hit(signal.SIGINT)
@@ -110,30 +109,6 @@ def test_suspended(backend, start):
     assert said.count(EXPIRY) <= 1
 
 
-@promises(
-    "cut off for longer than its lease", etcd="joins again", memcached="joins again"
-)
-def test_cut_connection(backend, start, member, request):
-    """B is told in time, is gone, and comes back. All of it is said once."""
-    a = member("A", backend.url(timeout=LEASE))
-    connection = Gateway(backend).start()
-    request.addfinalizer(connection.kill)
-    b = start("B", connection.url(timeout=LEASE), "--wait", "600")
-    a.sees("B joined, members: A, B\n")
-    b.sees("4. members: A, B\n")
-    connection.pause()
-    cut = time.monotonic()
-    b.sees(OUTAGE, f"B: {CLOCK} {EXPIRY}\n")
-    assert time.monotonic() - cut < LEASE
-    a.sees("B gone, members: A\n")
-    connection.resume()
-    b.sees("backend is back, members: A, B\n", "B joined, members: A, B\n")
-    a.sees("B joined, members: A, B\n")
-    _, said = all_is_well(start, backend.url(timeout=LEASE), a, b)
-    once = "backend error", EXPIRY, "is back", "B joined"
-    assert [said.count(one) for one in once] == [1] * 4
-
-
 @promises("a second client with the same name", **everywhere("refused"))
 def test_name_of_the_living(backend, start):
     """The second one is refused at once. The first one notices nothing."""
@@ -177,14 +152,14 @@ def outage(start, url, harm, mend):
     both = all_is_well(start, url, a, b)
     for said in both:
         assert [said.count(one) for one in ("error", "is back")] == [1, 1]
-    return both
+    return "".join(both)
 
 
 @promises("the backend restarts with its data", etcd="nobody gone")
 def test_restart(backend, start):
     """etcd renews all leases."""
-    both = outage(start, backend.url(timeout=20), backend.kill, backend.start)
-    assert " gone" not in "".join(both)
+    said = outage(start, backend.url(timeout=20), backend.kill, backend.start)
+    assert " gone" not in said
 
 
 @promises(
@@ -194,9 +169,8 @@ def test_restart(backend, start):
 )
 def test_restart_empty(backend, start):
     """Soon, and not again and again."""
-    both = outage(start, backend.url(timeout=20), backend.kill, backend.forget)
-    for name, said in zip("AB", both):
-        assert 1 <= said.count(f"{name} joined") <= 2
+    said = outage(start, backend.url(timeout=20), backend.kill, backend.forget)
+    assert 1 <= said.count("A joined") <= 4
 
 
 @promises(
@@ -206,9 +180,8 @@ def test_restart_empty(backend, start):
 )
 def test_short_hang(backend, start):
     """A poll gives up long before that."""
-    both = outage(start, backend.url(timeout=40), backend.pause, backend.resume)
-    assert " gone" not in "".join(both)
-    assert EXPIRY not in "".join(both)
+    said = outage(start, backend.url(timeout=40), backend.pause, backend.resume)
+    assert " gone" not in said and EXPIRY not in said
 
 
 @promises("the backend stays down", etcd="exit status 1", memcached="exit status 1")
@@ -217,30 +190,23 @@ def test_stays_down(backend, member, way):
     """Tried until the wait ends. The expiry is told, once."""
     a = member("A", backend.url(timeout=LEASE), "--wait", "8")
     backend.kill() if way == "refuses" else backend.pause()
-    a.sees(OUTAGE, f"{EXPIRY}\n", "5. waited 8 s\n", f"6. leaving {GROUP}\n")
+    down = time.monotonic()
+    a.sees(OUTAGE, f"{EXPIRY}\n")
+    assert time.monotonic() - down < LEASE
+    a.sees("5. waited 8 s\n", f"6. leaving {GROUP}\n")
     a.sees(f"could not leave {GROUP}: .*; our lease will expire\n")
     a.ends(1)
     assert [a.transcript.count(one) for one in ("error", EXPIRY)] == [1, 1]
 
 
-@promises("all members are deleted", **everywhere("all join again"))
-def test_members_deleted(backend, start):
-    """Leases revoked, flush_all, files deleted. No error is said."""
-    a, b = pair(start, backend.url())
-    backend.delete_members()
-    a.sees("A gone", "A joined, members: A")
-    b.sees("B gone", "B joined, members: .*B")
-    for said in all_is_well(start, backend.url(), a, b):
-        assert "error" not in said
-
-
-@promises("the group is deleted", **everywhere("all join again"))
-def test_group_deleted(backend, start):
-    """On etcd the members' keys stay: it is listed again in a few lines."""
+@promises("the group, or all its members, are deleted", **everywhere("all join again"))
+@pytest.mark.parametrize("what", ["the group", "all its members"])
+def test_deleted(backend, start, what):
+    """It is listed again in a few lines."""
     a, b = pair(start, backend.url())
     with backend.lock():
         suspend(b)  # Or it may mend the group before A has noticed.
-    backend.delete_group()
+    backend.delete(what)
     a.sees("A gone, members: .none.\n", "A joined, members: A")
     b.hit(signal.SIGCONT)
     a.sees("B joined, members: A, B\n")
@@ -249,13 +215,13 @@ def test_group_deleted(backend, start):
         assert len(said.splitlines()) <= 16
 
 
-@pytest.mark.alone
-@promises("50 clients join and leave at once", **everywhere("all seen"))
+@pytest.mark.xdist_group("crowd")  # One after the other.
+@promises("20 clients join and leave at once", **everywhere("all seen"))
 def test_crowd(backend, member, start):
     """All get in, the watcher sees all of them, and all get out."""
     url = backend.url(timeout=60)
     watcher = member("watcher", url, "--wait", "600")
-    names = [f"c{one:02}" for one in range(50)]
+    names = [f"c{one:02}" for one in range(20)]
     crowd = [start(name, url, "--wait", "600") for name in names]
     watcher.sees("members: " + ", ".join([*names, "watcher"]) + "\n")
     for one in crowd:
@@ -268,15 +234,18 @@ def test_crowd(backend, member, start):
 # --- Ways to end that no table needs ---
 
 
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [("members = coordinator", 1), ("found = poll", 0), ("for who in sorted", 1)],
+)
 @on("memcached")
-def test_error_in_step_4(backend, start, tmp_path):
-    """What was joined is left, and the error is told."""
-    typo = broken(tmp_path, "= coordinator.get_m", "= typo.m")
-    a = start("A", backend.url(), script=typo)
-    a.sees(
-        "3. joined", "6. leaving", "6. left", "NameError: name 'typo' is not defined"
-    )
-    a.ends(1)
+def test_mistake_of_a_learner(backend, start, tmp_path, line, status):
+    """A name misspelt in step 4 or 5 is told as what it is; what was joined is left."""
+    words = line.rpartition(" ")[0]
+    typo = broken(tmp_path, line, f"{words} typo")
+    a = start("A", backend.url(), "--wait", "1", script=typo)
+    a.ends(status)
+    assert "NameError: name 'typo' is not defined" in a.transcript
     start("B", backend.url()).sees("4. members: B\n")
 
 
@@ -370,10 +339,3 @@ def test_folder_deleted(backend, member):
     a.sees(OUTAGE, "5. waited 5 s\n")
     a.ends(0)
     assert a.transcript.count("error") == 1
-
-
-@on("files")
-def test_no_stdout(backend, start):
-    """A client takes its steps although there is nowhere to print."""
-    under = ["bash", "-c", '"$@" >&-', "-"]
-    start("B", backend.url(), "--wait", "1", under=under).ends(0)
