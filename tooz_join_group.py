@@ -129,8 +129,8 @@ def watch(coordinator, args, lease, members, asked, signals):
     def event(text):
         say(args, f"{time.strftime('%H:%M:%S')} {text}")
 
-    # Tooz has watchers, but they poll, too, and the first one of a group reads the list
-    # anew: who joined since step 4 would never be announced.
+    # Tooz has watchers (watch_join_group()), but they poll, too, and the first one of a
+    # group reads the list anew: who joined since step 4 would never be announced.
     end = now() + float(args.wait)
     # We cannot know when our lease expires, so we stay on the safe side. When a poll is
     # sent, our last heartbeat may be half a lease old, and the backend drops us half a
@@ -142,7 +142,8 @@ def watch(coordinator, args, lease, members, asked, signals):
         time.sleep(max(0, min(remaining, POLL_EVERY, expires - now())))
         if now() >= expires:
             # Here a real service stops what only a member may do: the backend hangs, or
-            # we were suspended, and the others may have replaced us already.
+            # we were suspended, and the others may have replaced us already. Whether
+            # they have or not, we count ourselves out, and join again.
             event("our lease may have expired: stop acting as a member")
             members, expires = members - {args.me}, math.inf
         try:
@@ -165,6 +166,7 @@ def watch(coordinator, args, lease, members, asked, signals):
             what = "joined" if who in found else "gone"
             event(f"{os.fsdecode(who)} {what}, {listing(found)}")
         members, down = found, False
+        # Who is not listed has no lease that could expire.
         expires = asked + lease / 2 if args.me in found else math.inf
 
 
@@ -236,6 +238,8 @@ def join_again(coordinator, group_id):
 
     Raises what Tooz and its driver raise. On an error, call it again.
     """
+    # Only if the backend answers a poll: heartbeat() may wait for half a minute.
+    poll(coordinator, group_id, POLL_LIMIT)
     # A heartbeat comes first. On etcd, a lease is an object: if ours has expired, the
     # heartbeat makes a new one, and without a lease we cannot join. On memcached, the
     # others would drop us at their next poll if it had not been sent. And our heart may
@@ -263,7 +267,7 @@ def root_cause(error):
 # a lease of 0, memcached keeps a member for ever, and the heart never rests.
 HOST = r"(\[[\w.:%]+\]|[\w.-]+)(:0*[1-9]\d*)?"
 SERVER = rf"(?!file:)[\w+.-]+://([^/?#\s]*@)?{HOST}(,{HOST})*(/[^?#]*)?"
-URL = rf"(?ai)(?!.*timeout=(-|0+(&|$)))({SERVER}|file:///[^?#]+)(\?[^#]*)?"
+URL = rf"(?ai)(?!.*timeout=([+-]|0+(&|$)))({SERVER}|file:///[^?#]+)(\?[^#]*)?"
 
 
 def arguments():
@@ -320,9 +324,8 @@ def status(text):
     """Redraw the last line of a terminal, unless we run in its background."""
     with contextlib.suppress(OSError):  # stdout is not, or no longer, our terminal.
         if os.tcgetpgrp(1) == os.getpgrp() and os.getenv("TERM") != "dumb":
-            # A line that is too long for the terminal would wrap, and stay.
-            room = (os.get_terminal_size(1).columns or 80) - 1
-            print(f"\r\x1b[K{printable(text)[:room]}", end="", flush=True)
+            # Without ?7l, a line that is too long would wrap, and a part of it stay.
+            print(f"\r\x1b[K\x1b[?7l{printable(text)}\x1b[?7h", end="", flush=True)
 
 
 def printable(text):

@@ -33,6 +33,7 @@ BLOCKS = re.findall(
 REST = [textwrap.dedent(text) for text, _ in BLOCKS]
 # Nobody reads a server's log, and a terminal that is full would stop it.
 QUIET = "exec >/dev/null 2>&1\n"
+PORTS = r"\b(2379|2380|23790|23791|11211)\b"
 # What uses a default port says so: a pattern, and what to add.
 EXPLICIT = {
     r"^etcd --data-dir \S+$": " --listen-client-urls http://127.0.0.1:2379"
@@ -64,18 +65,12 @@ class Shell(Program):
     def types(self, *texts):
         """Type these commands."""
         for text in texts:
-            text = text.replace("/tmp/", f"{self.folder}/").replace(
-                "192.0.2.1", "127.0.0.1"
-            )
+            text = text.replace("192.0.2.1", "127.0.0.1")
             for pattern, more in EXPLICIT.items():
                 text = re.sub(f"(?m){pattern}", rf"\g<0>{more}", text)
             text = re.sub(r"(?<=[123}])23(?=(79|80)\b)", "41", text)  # The cluster's.
-            text = re.sub(
-                r"\b(23(79|80|790|791)|11211)\b",
-                lambda port: str(self.ports[port[0]]),
-                text,
-            )
-            self.send(text)
+            text = re.sub(PORTS, lambda port: str(self.ports[port[0]]), text)
+            self.send(text.replace("/tmp/", f"{self.folder}/"))
 
     def joins(self, text, *members):
         """Type the command of a client, and again until its server is there."""
