@@ -52,14 +52,14 @@ try:
 except ImportError as missing:
     sys.exit(f"{missing}. Try .venv/bin/python, or: pip install -r requirements.txt")
 
-POLL_EVERY = 0.25  # Seconds between two polls: a join or a leave shows within 0.3 s.
+POLL_EVERY = 0.25  # Seconds between two polls, for a lesson. A service may wait longer.
 POLL_LIMIT = 5  # Seconds, at most. A backend that answers a poll later counts as down.
 LIMIT = 10  # Seconds for other get()s. In a crowd, joins on memcached take several.
 NOT_A_MEMBER = coordination.MemberNotJoined, coordination.GroupNotCreated
 
 
 def join_and_watch(args):
-    """Take the six steps; return the exit status.
+    """Take the six steps, after refuse_taken_name(); return the exit status.
 
     `args` is what arguments() returns. The status is 0, or 128 + n after signal n, or 1
     if we could not leave. Raises what Tooz and its driver raise in steps 1 to 4, such
@@ -98,7 +98,7 @@ def join_and_watch(args):
 
             # 5. Nobody calls us when a member joins or leaves: watch() polls the list.
             watch(coordinator, args, lease, members, asked, signals)
-            say(args, "5. interrupted" if signals else f"5. waited {args.wait} s")
+            say(args, "5. interrupted" if signals else f"5. waited {args.wait:g} s")
         finally:
             # 6. What we joined we leave, after an error, too. The others see it at
             #    their next poll. If we only stopped our heart, they would see us until
@@ -111,6 +111,7 @@ def join_and_watch(args):
                 say(args, f"6. left {args.group}")
                 left = True
             except Exception as error:  # noqa: BLE001 (drivers raise what they like)
+                coordinator.heart.stop()  # A heartbeat would keep us listed.
                 cause = f"{root_cause(error)}; our lease will expire"
                 say(args, f"could not leave {args.group}: {cause}", sys.stderr)
     if not left:
@@ -129,28 +130,28 @@ def watch(coordinator, args, lease, members, asked, signals):
     def event(text):
         say(args, f"{time.strftime('%H:%M:%S')} {text}")
 
-    # Tooz has watchers (watch_join_group()), but they poll, too, and the first one of a
-    # group reads the list anew: who joined since step 4 would never be announced.
-    end = now() + float(args.wait)
-    # We cannot know when our lease expires, so we stay on the safe side. When a poll is
-    # sent, our last heartbeat may be half a lease old, and the backend drops us half a
-    # lease later. (That assumes that heartbeats arrive as soon as polls do.)
-    expires = asked + lease / 2
+    # Tooz's watchers (see run_watchers()) poll, too, and the first one of a group reads
+    # the list anew: who joined since step 4 would never be announced.
+    end = now() + args.wait
+    # We cannot know when our lease expires, so we stay on the safe side. This is the
+    # worst case, provided that heartbeats arrive as soon as polls do:
+    #     heartbeat -- half a lease -- poll that lists us -- half a lease -- dropped
+    safe_until = asked + lease / 2
     down = False
     while not signals and (remaining := end - now()) > 0:
         status(f"{remaining:.0f} s remaining, heartbeats: {coordinator.heart.beats}")
-        time.sleep(max(0, min(remaining, POLL_EVERY, expires - now())))
-        if now() >= expires:
+        time.sleep(max(0, min(remaining, POLL_EVERY, safe_until - now())))
+        if now() >= safe_until:
             # Here a real service stops what only a member may do: the backend hangs, or
             # we were suspended, and the others may have replaced us already. Whether
             # they have or not, we count ourselves out, and join again.
             event("our lease may have expired: stop acting as a member")
-            members, expires = members - {args.me}, math.inf
+            members, safe_until = members - {args.me}, math.inf
         try:
             if args.me not in members:
-                join_again(coordinator, args.group_id)
+                join_again(coordinator, args)
             asked = now()
-            found = poll(coordinator, args.group_id, min(POLL_LIMIT, expires - asked))
+            found = poll(coordinator, args, min(POLL_LIMIT, safe_until - asked))
         except Exception as error:  # noqa: BLE001 (drivers raise what they like)
             if not down:
                 event(f"backend error: {root_cause(error)}; still trying")
@@ -167,7 +168,7 @@ def watch(coordinator, args, lease, members, asked, signals):
             event(f"{os.fsdecode(who)} {what}, {listing(found)}")
         members, down = found, False
         # Who is not listed has no lease that could expire.
-        expires = asked + lease / 2 if args.me in found else math.inf
+        safe_until = asked + lease / 2 if args.me in found else math.inf
 
 
 # --- Failures ---
@@ -199,7 +200,7 @@ def caught_signals():
 
 
 def refuse_taken_name(args):
-    """Raise MemberAlreadyExist if a member of the group has our name.
+    """Raise MemberAlreadyExist if a member has our name; free it if that one crashed.
 
     It is called before we have a coordinator: on memcached, our own heartbeats would
     keep a crashed client of this name listed. Raises what Tooz and its driver raise.
@@ -225,32 +226,30 @@ def now():
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
-def poll(coordinator, group_id, limit):
+def poll(coordinator, args, limit):
     """Return the set of members, or raise what Tooz raises, in `limit` seconds."""
-    try:
-        return coordinator.get_members(group_id).get(limit)
-    except coordination.GroupNotCreated:
-        return set()  # A group that does not exist has no members.
+    with contextlib.suppress(coordination.GroupNotCreated):
+        return coordinator.get_members(args.group_id).get(limit)
+    return set()  # A group that does not exist has no members.
 
 
-def join_again(coordinator, group_id):
+def join_again(coordinator, args):
     """Become a member again: we slept, were cut off, or the backend lost its data.
 
     Raises what Tooz and its driver raise. On an error, call it again.
     """
-    # Only if the backend answers a poll: heartbeat() may wait for half a minute.
-    poll(coordinator, group_id, POLL_LIMIT)
-    # A heartbeat comes first. On etcd, a lease is an object: if ours has expired, the
-    # heartbeat makes a new one, and without a lease we cannot join. On memcached, the
-    # others would drop us at their next poll if it had not been sent. And our heart may
-    # be late, since it waits on a clock that stands still while a laptop sleeps.
+    # The poll finds out whether the backend answers: heartbeat() has a long limit.
+    poll(coordinator, args, POLL_LIMIT)
+    # On etcd, the heartbeat replaces a lease that has expired: without one we could not
+    # join. On memcached, the others would drop us at their next poll if it had not been
+    # sent. And our heart may be late: its clock stands still while a laptop sleeps.
     coordinator.heartbeat()
     with contextlib.suppress(coordination.GroupAlreadyExist):
-        coordinator.create_group(group_id).get(LIMIT)
-    # Our name may be listed already: the heartbeat was enough, as on files, or a join
-    # of ours arrived late. (Or another client took the name: nobody can tell.)
+        coordinator.create_group(args.group_id).get(LIMIT)
+    # Our name may be listed still, or a join of ours arrived late. (Or another client
+    # has taken it. In a service, make names unique: host and process ID, for example.)
     with contextlib.suppress(coordination.MemberAlreadyExist):
-        coordinator.join_group(group_id).get(LIMIT)
+        coordinator.join_group(args.group_id).get(LIMIT)
 
 
 def root_cause(error):
@@ -286,19 +285,19 @@ def arguments():
     url = matching(URL, f"{use} (here, or in $TOOZ_BACKEND_URL)")
     default = os.getenv("TOOZ_BACKEND_URL") or "etcd3+http://localhost"
     add("url", type=url, nargs="?", default=default, help="a Tooz URL")
-    wait = matching(r"(\d+\.?\d*|\.\d+)(e\d+)?|inf", "a number of seconds, 0 or more")
+    wait = matching(r"(\d+\.?\d*|\.\d+)(e-?\d+)?|inf", "a number, 0 or more", float)
     add("--wait", type=wait, metavar="SECONDS", default="60", help="time to stay: 60")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args()  # Options may stand before the URL, too.
     args.me, args.group_id = args.client.encode(), args.group.encode()
     return args
 
 
-def matching(pattern, use):
-    """Return a type for argparse: text that matches, or an error that says how."""
+def matching(pattern, use, kind=str):
+    """Return a type for argparse: `kind` of a text that matches; an error says how."""
 
     def check(text):
         if re.fullmatch(pattern, text):
-            return text
+            return kind(text)
         quoted = "" if "://" in text else f"{text!a}: "  # A URL may have a password.
         raise argparse.ArgumentTypeError(f"{quoted}use {use}")
 

@@ -1,7 +1,7 @@
 """Measure what the script costs: `tests/run benchmark` prints the README's figures.
 
 It measures one backend after the other, each on a server of its own, takes about eight
-minutes, and wants the machine to itself. One row tries what a test on a busy machine cannot
+minutes, and wants the machine to itself. Two rows try what a test on a busy machine cannot
 aim at: a signal at any moment. If the script does not keep what it promises, as below, that
 is said after the table, and the exit status is 1.
 """
@@ -9,6 +9,7 @@ is said after the table, and the exit status is 1.
 import concurrent.futures
 import contextlib
 import datetime
+import functools
 import itertools
 import os
 import pathlib
@@ -24,25 +25,19 @@ import time
 
 import pexpect
 import psutil
-from conftest import BACKENDS, LIMIT, README, Program, command
+from conftest import BACKENDS, README, Program, command
 from tooz import coordination
 
-# What the script promises. (That no signal does harm is a promise, too.)
+# What the script promises, besides that no signal does harm.
 START = 1.10  # times the shortest script's start, at most
 SHOWN = 0.3  # seconds until a join or a leave shows, at most: the 95th percentile
-# Members: what waiting among them costs is below that percentage of a core.
-WAITING = {2: 1, 100: 5}
-
-NAMES = ["etcd", "memcached", "files"]
+WAITING = 1  # % of a core, in a group of two: not reached
 RUNS = 40  # pairs of the script and the shortest script: fewer are too noisy
 SIZE = 10  # members of the group in which joins and leaves show
 CHANGES = 40  # joins, and as many leaves
 CRASHES = 8
 LEASE = 5  # seconds, for the crashes
-WATCHED = 10  # seconds of waiting, for processor time
 MOMENTS = 40  # from the start on, and each of the signals at each of them
-SIGNALS = [signal.SIGINT, signal.SIGTERM]
-STAY = ["--wait", "900"]
 
 # The README's 21 lines are the shortest script. It takes NAME GROUP URL SECONDS.
 SHORTEST = re.search(r"```python\n(import sys\n.*?)```", README, re.DOTALL).group(1)
@@ -70,16 +65,9 @@ def members(url, group, count):
         one.stop()
 
 
-@contextlib.contextmanager
 def program(*arguments):
     """Run the script as a process; kill it if it does not end before."""
-    one = Program(*command(*arguments))
-    try:
-        yield one
-    finally:
-        one.process.kill()
-        one.process.wait()
-        one.close()
+    return contextlib.closing(Program(*command(*arguments, "--wait", "900")))
 
 
 @contextlib.contextmanager
@@ -118,7 +106,7 @@ def changes(server):
     url, times = server.url(timeout=900), []
     with (
         members(url, "changes", SIZE - 2),
-        client("watcher", "changes", url, *STAY) as watcher,
+        client("watcher", "changes", url) as watcher,
     ):
         other = coordination.get_coordinator(url, b"other")
         other.start()
@@ -138,9 +126,9 @@ def changes(server):
 def crashes(server):
     """Return how soon a crash shows on another terminal, in leases."""
     url, times = server.url(timeout=LEASE), []
-    with client("watcher", "crashes", url, *STAY) as watcher:
+    with client("watcher", "crashes", url) as watcher:
         for number in range(CRASHES):
-            with program(f"victim{number}", "crashes", url, *STAY) as victim:
+            with program(f"victim{number}", "crashes", url) as victim:
                 victim.sees("4. members")
                 # Any moment between two heartbeats: there are two per lease.
                 time.sleep(LEASE / 2 * number / CRASHES)
@@ -148,68 +136,66 @@ def crashes(server):
                 begun = time.perf_counter()
                 watcher.sees(f"victim{number} gone")
                 times.append((time.perf_counter() - begun) / LEASE)
-    median, top = quantiles(times)
-    return f"{median:.1f} / {top:.1f} leases", ""
+    return "{:.1f} / {:.1f} leases".format(*quantiles(times)), ""
 
 
-def waiting(server, size):
-    """Return what waiting costs in a group that big: of one core, and in memory."""
-    url, group = server.url(timeout=900), f"waiting{size}"
-    with (
-        members(url, group, size - 1),
-        client("watcher", group, url, *STAY) as watcher,
-    ):
-        process = psutil.Process(watcher.process.pid)
-        used = process.cpu_percent(WATCHED)  # It waits for so many seconds.
+def waiting(server):
+    """Return what waiting costs in a group of two: of one core, and in memory."""
+    url = server.url(timeout=900)
+    with members(url, "waiting", 1), client("watcher", "waiting", url) as watcher:
+        process = psutil.Process(watcher.pid)
+        used = process.cpu_percent(10)  # It waits for so many seconds.
         memory = process.memory_info().rss / 2**20
-    wrong = f"not below {WAITING[size]} %" if used >= WAITING[size] else ""
+    wrong = f"not below {WAITING} %" if used >= WAITING else ""
     return f"{used:.1f} %, {memory:.0f} MiB", wrong
 
 
-# --- Signals ---
-
-
-def complaint(one, number):
+def complaint(one, *statuses):
     """Wait for the end after a signal; return what is wrong with it, or nothing."""
     try:
-        one.expect(pexpect.EOF)
-        text, status = one.transcript, one.process.wait(LIMIT)
-    except (pexpect.TIMEOUT, subprocess.TimeoutExpired):
-        return "it does not end"
-    # Until main() has begun, Ctrl-C and its traceback are Python's affair.
-    if "Traceback" in text:
-        fine = "KeyboardInterrupt" in text and "in main" not in text
-        return "" if fine and "1. started" not in text else "a traceback"
-    return "" if status in (128 + number, -number) else f"exit status {status}"
+        one.ends(*statuses)
+    except (AssertionError, pexpect.TIMEOUT) as error:
+        # Until main() has begun, Ctrl-C and its traceback are Python's affair.
+        text = one.transcript
+        early = "KeyboardInterrupt" in text and "in main" not in text
+        return "" if early else f"{error}"
+    return ""
 
 
-def any_moment(server):
-    """Send SIGINT and SIGTERM at any moment; return how often nothing was left behind."""
-    url, group, times, ends = server.url(timeout=900), "moments", [], {}
+def any_moment(server, taken=False):
+    """Send SIGINT and SIGTERM at any moment; return how many ended as they should.
+
+    The clients have names of their own, or, if `taken`, the name of a member. Afterwards
+    that member is the only one.
+    """
+    url, group, ends = server.url(timeout=900), f"taken-{taken}", {}
     with (
         members(url, group, 1) as (other,),
         contextlib.ExitStack() as stack,
         concurrent.futures.ThreadPoolExecutor(2 * MOMENTS) as threads,
     ):
-        for number in range(5):
-            begun = time.perf_counter()
-            with client(f"first{number}", group, url):
-                times.append(time.perf_counter() - begun)
-        last = statistics.median(times) + 0.5
-        for moment, number in itertools.product(range(MOMENTS), SIGNALS):
-            after = last * moment / (MOMENTS - 1)
+        begun = time.perf_counter()
+        with client("first", group, url):
+            last = time.perf_counter() - begun + 0.5
+        moments = [last * moment / (MOMENTS - 1) for moment in range(MOMENTS)]
+        for after, number in itertools.product(
+            moments, (signal.SIGINT, signal.SIGTERM)
+        ):
             # No name comes twice: on memcached, another client with the same name would,
             # when it stops, hide a member that was left behind.
-            name, begun = f"{number.name}.{after:.3f}", time.perf_counter()
+            key, begun = f"{number.name}.{after:.3f}", time.perf_counter()
+            name = f"{group}-0" if taken else key
             one = stack.enter_context(program(name, group, url))
             time.sleep(max(0, begun + after - time.perf_counter()))
             one.hit(number)
             # To leave is to wait, for up to a second: the next one starts meanwhile.
-            ends[name] = threads.submit(complaint, one, number)
+            fine = [128 + number, -number] + [1] * taken
+            ends[key] = threads.submit(complaint, one, *fine)
         bad = {name: end.result() for name, end in ends.items() if end.result()}
         # Whoever was left behind stays for the whole lease: all of them are still there.
-        for name in other.get_members(group.encode()).get() - {b"moments-0"}:
-            bad[name.decode()] = "still a member"
+        listed = other.get_members(group.encode()).get()
+        if listed != {f"{group}-0".encode()}:
+            bad["members"] = f"{listed}"
     text = f"{len(ends.keys() - bad)} of {len(ends)}"
     return text, "; ".join(": ".join(item) for item in bad.items())
 
@@ -220,24 +206,23 @@ ROWS = {
     "start to first list, and ratio to the 21 lines": start_up,
     "a join or a leave shows": changes,
     "a crash shows": crashes,
-    "waiting among 2 members": lambda server: waiting(server, 2),
-    "waiting among 100 members": lambda server: waiting(server, 100),
+    "waiting: CPU, memory": waiting,
     "a signal at any moment leaves nothing behind": any_moment,
+    "the same, with a name that is taken": functools.partial(any_moment, taken=True),
 }
 
 
 def version(server):
     """Return the version that a server's command prints: only the number."""
-    text = subprocess.check_output([server, "--version"], text=True)
-    return re.search(r"\d[\d.]+", text).group()
+    return re.search(r"\d[\d.]+", os.popen(f"{server} --version").read()).group()
 
 
 def main():
     """Measure all, print the table for the README, and say what is wrong."""
     rows, wrong = {what: [] for what in ROWS}, []
     with tempfile.TemporaryDirectory() as folder:
-        for name in NAMES:
-            server = BACKENDS[name](pathlib.Path(folder)).start()
+        for name, backend in BACKENDS.items():
+            server = backend(pathlib.Path(folder)).start()
             try:
                 for what, measure in ROWS.items():
                     print(f"{name}: {what}", file=sys.stderr)
@@ -247,8 +232,8 @@ def main():
                         wrong.append(f"{name}: {what}: {text}: {fault}")
             finally:
                 server.kill()
-    print("| what | " + " | ".join(NAMES) + " |")
-    print("| --- " * (len(NAMES) + 1) + "|")
+    print("| what | " + " | ".join(BACKENDS) + " |")
+    print("| --- " * (len(BACKENDS) + 1) + "|")
     for what, texts in rows.items():
         print(f"| {what} | " + " | ".join(texts) + " |")
     print(

@@ -287,9 +287,8 @@ def test_ignored_signal(backend, member):
 @on("files")
 def test_signal_during_the_join(backend, start, tmp_path):
     """It is handled once we have joined: we leave."""
-    line = "coordinator.join_group(args"
-    itself = f"os.kill(os.getpid(), signal.SIGTERM); {line}"
-    a = start("A", backend.url(), script=broken(tmp_path, line, itself))
+    itself = broken(tmp_path, "# 3. From", "os.kill(os.getpid(), signal.SIGTERM)  #")
+    a = start("A", backend.url(), script=itself)
     a.sees("3. joined", "4. members: A\n", "5. interrupted\n", "6. left")
     a.ends(143)
 

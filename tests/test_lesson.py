@@ -66,7 +66,7 @@ def test_narrow_terminal(backend, start, columns):
 
 
 NAME = "use 1 to 100 of A-Z a-z 0-9 . _ -"
-WAIT = "use a number of seconds, 0 or more"
+WAIT = "use a number, 0 or more"
 URL = "use DRIVER://HOST[:PORT] or file:///PATH, no port or timeout below 1, and no #"
 URLS = """localhost etcd3+http:10.0.0.5 etcd3+http://:2379 memcached:///127.0.0.1:11999
     etcd3+http://localhost:abc memcached://h:0 memcached://h:-1 etcd3+http://[::1

@@ -11,18 +11,7 @@ import textwrap
 import pexpect
 import picture
 import pytest
-from conftest import (
-    CLOCK,
-    LIMIT,
-    README,
-    ROOT,
-    SCRIPT,
-    Program,
-    free_port,
-    on,
-    screen,
-    wait_until,
-)
+from conftest import CLOCK, README, SCRIPT, Program, free_port, on, screen, wait_until
 from test_faults import EXPIRY, ROWS
 
 # Each block of commands or of Python, and the output that follows it.
@@ -131,9 +120,9 @@ def test_try_it(tmp_path, shell, block):
     clone = tmp_path / "clone"
     clone.mkdir()
     for name in "requirements.txt", SCRIPT.name:
-        shutil.copy(ROOT / name, clone)
+        shutil.copy(SCRIPT.parent / name, clone)
     a = shell(first, cwd=clone)
-    a.expect("4. members: clientA\r\n", timeout=4 * LIMIT)
+    a.expect("4. members: clientA\r\n", timeout=240)
     b = shell(second, cwd=clone)
     b.sees("4. members: clientA, clientB\n", "remaining, heartbeats: ")
     b.leaves()
@@ -263,7 +252,7 @@ def test_break_it(shell, block):
 def test_uv(shell, block):
     """uv needs no environment."""
     a = shell(*block)
-    a.expect("4. members: clientA\r\n", timeout=4 * LIMIT)
+    a.expect("4. members: clientA\r\n", timeout=240)
 
 
 @blocks(2)
