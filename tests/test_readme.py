@@ -135,10 +135,12 @@ def test_try_it(tmp_path, shell, block):
     assert said_by("clientA", shown) == said_by("clientA", output(kill))
 
 
-@blocks(9)
+@blocks(10)
 def test_lesson(shell, tmp_path, block):
     """The bare lesson fails as the page says; the list is used; the exercises' solutions."""
-    lesson, run, listing, members, a_joins, b_joins, jobs, by_name, again = block
+    lesson, run, listing, members, a_joins, b_joins, jobs, c_joins, by_name, again = (
+        block
+    )
     assert f"in {sum(map(bool, lesson.splitlines()))} lines" in README
     files = tmp_path / "lesson.py", tmp_path / "members.py"
     for file, text in zip(files, (lesson, listing)):
@@ -166,9 +168,13 @@ def test_lesson(shell, tmp_path, block):
     with files[1].open("a") as file:
         file.write(jobs + by_name)
     shares = r"b'A' \[0, 2, 4, 6, 8\]", r"b'B' \[1, 3, 5, 7, 9\]"
-    assert prints(r"\[b'A', b'B'\]", *shares, "(b'A'|b'B')")
-    a.leaves()
-    b.leaves()
+    assert prints(r"\[b'A', b'B'\]", *shares, "b'[AB]'")
+    c = shell(c_joins)
+    c.sees("4. members: A, B, C")
+    shares = r"b'A' \[0, 3, 6, 9\]", r"b'B' \[1, 4, 7\]", r"b'C' \[2, 5, 8\]"
+    assert prints(r"\[b'A', b'B', b'C'\]", *shares, "b'[ABC]'")
+    for one in a, b, c:
+        one.leaves()
 
     step3 = "coordinator.join_group(group.encode())"
     files[0].write_text(files[0].read_text().replace(f"{step3}.get()", step3))
