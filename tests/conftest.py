@@ -198,7 +198,7 @@ class Backend:
             self.server.kill()
 
     def lock(self):
-        """Return what no client holds meanwhile: suspended with it, it stops them all."""
+        """Return a lock of the clients: one that is suspended with it stops the others."""
         return contextlib.nullcontext()
 
     def forget(self):

@@ -13,11 +13,11 @@ EXPIRY = "our lease may have expired: stop acting as a member"
 ROWS = []  # Of the README's table: test_readme.py compares them, word for word.
 
 
-def promises(row, cell=None, **cells):
-    """Run a test on these backends, or on all; the README's table has a row that says so."""
-    cells = cells or dict.fromkeys(BACKENDS, cell)
-    ROWS.append([row, *(cells.get(name, "n/a") for name in BACKENDS)])
-    return on(*cells)
+def promises(row, cell, *names):
+    """Run a test on these backends, or on all; a row of the README's table says the same."""
+    names = names or [*BACKENDS]
+    ROWS.append([row, *(cell if name in names else "n/a" for name in BACKENDS)])
+    return on(*names)
 
 
 def pair(start, url):
@@ -81,7 +81,7 @@ def test_crash(backend, start):
 
 @promises("suspended for longer than its lease", "joins again")
 def test_suspended(backend, start):
-    """The others see it gone, and back. It is told first of all, and once."""
+    """The others see it gone, and back. It is told first of all."""
     a, b = pair(start, backend.url(timeout=LEASE))
     with backend.lock():
         suspend(b)
@@ -92,21 +92,21 @@ def test_suspended(backend, start):
     b.sees(f"{CLOCK} B joined, members: A, B\n")
     _, said = all_is_well(start, backend.url(timeout=LEASE), a, b)
     # A poll that was under way tells as much.
-    assert said[known:].splitlines()[0].endswith((EXPIRY, "B gone, members: A"))
-    assert said.count(EXPIRY) <= 1
+    first = said[known:].splitlines()[0]
+    assert first.endswith((EXPIRY, "B gone, members: A", "still trying"))
 
 
 @promises("a second client with the same name", "refused")
 def test_name_of_the_living(backend, start):
     """The second one is refused at once. The first one notices nothing."""
-    a, b = pair(start, backend.url(timeout=LEASE))
-    done = run("B", GROUP, backend.url(timeout=LEASE))
+    a, b = pair(start, backend.url(timeout=60))
+    done = run("B", GROUP, backend.url(timeout=60))
     assert (done.stdout, done.returncode) == ("", 1)
     assert done.stderr == (
         f"B: B is a member of {GROUP} already: it is running, or it crashed less than a "
         "lease ago. Try again then, or choose another name\n"
     )
-    for said in all_is_well(start, backend.url(timeout=LEASE), a, b):
+    for said in all_is_well(start, backend.url(timeout=60), a, b):
         assert " gone" not in said
 
 
@@ -142,43 +142,37 @@ def outage(start, url, harm, mend):
     return "".join(both)
 
 
-@promises("the backend restarts with its data", etcd="nobody gone")
+@promises("the backend restarts with its data", "nobody gone", "etcd")
 def test_restart(backend, start):
     """etcd renews all leases."""
     said = outage(start, backend.url(timeout=20), backend.kill, backend.start)
     assert " gone" not in said
 
 
-@promises(
-    "the backend restarts without its data",
-    etcd="all join again",
-    memcached="all join again",
-)
+@promises("the backend restarts without data", "all join again", "etcd", "memcached")
 def test_restart_empty(backend, start):
     """Soon, and not again and again."""
     said = outage(start, backend.url(timeout=20), backend.kill, backend.forget)
     assert 1 <= said.count("A joined") <= 4
 
 
-@promises(
-    "the backend hangs for less than half a lease",
-    etcd="nobody gone",
-    memcached="nobody gone",
-)
+@promises("a hang shorter than half a lease", "nobody gone", "etcd", "memcached")
 def test_short_hang(backend, start):
     """A poll gives up long before that."""
-    said = outage(start, backend.url(timeout=40), backend.pause, backend.resume)
+    said = outage(start, backend.url(timeout=20), backend.pause, backend.resume)
     assert " gone" not in said and EXPIRY not in said
 
 
-@promises("the backend stays down", etcd="exit status 1", memcached="exit status 1")
+@promises("the backend stays down", "tried until the wait ends", "etcd", "memcached")
 @pytest.mark.parametrize("way", ["refuses", "hangs"])
 def test_stays_down(backend, member, way):
     """The expiry is told within a lease, once, and the wait ends although nothing answers."""
-    a = member("A", backend.url(timeout=30), "--wait", "16")
+    a = member("A", backend.url(timeout=20), "--wait", "16")
     backend.kill() if way == "refuses" else backend.pause()
     down = time.monotonic()
-    a.sees(OUTAGE, f"{EXPIRY}\n", "5. waited 16 s\n", f"6. leaving {GROUP}\n")
+    a.sees(OUTAGE, f"{EXPIRY}\n")
+    assert time.monotonic() - down < 20
+    a.sees("5. waited 16 s\n", f"6. leaving {GROUP}\n")
     assert time.monotonic() - down < 30
     a.sees(f"could not leave {GROUP}: .*; our lease will expire\n")
     a.ends(1)
@@ -294,7 +288,7 @@ def test_signal_during_the_join(backend, start, tmp_path):
 
 
 @on("files")
-def test_nothing_hangs(backend, start):
+def test_lock_is_held(backend, start):
     """Somebody holds the lock of the files: it gives up, and nothing is joined."""
     run("A", GROUP, backend.url(), "--wait", "0")
     with backend.lock():
@@ -309,7 +303,7 @@ def test_reader_goes_away(backend, start, member, under, status):
     """That is a hang-up: it leaves. Under nohup it stays until its wait ends."""
     a = member("A", backend.url(), "--wait", "600")
     pipe = ["bash", "-c", f'{under}"$@" | sed 4q; exit $PIPESTATUS', "-"]
-    b = start("B", backend.url(), "--wait", "8", under=pipe)
+    b = start("B", backend.url(), "--wait", "20", under=pipe)
     b.sees("4. members: A, B\n")
     start("C", backend.url())  # Gives B something to say.
     a.sees("B gone, members: A, C")

@@ -38,8 +38,7 @@ def test_terminal(backend, start):
     """A status line shows the time remaining, and heartbeats. No other line meets it."""
     a = start("A", backend.url(timeout=4), terminal=True)
     a.sees("asking ", "1. started")  # Until the backend has answered.
-    for beats in 1, 2, 3:
-        a.sees(rf"\d+ s remaining, heartbeats: {beats}")
+    a.sees(r"\d+ s remaining, heartbeats: 1", r"\d+ s remaining, heartbeats: [2-9]")
     b = start("B", backend.url(timeout=4))
     a.sees("B joined, members: A, B")
     b.hit(signal.SIGTERM)
@@ -134,7 +133,10 @@ def test_name_of_another(backend, member, monkeypatch):
     indirect=["backend"],
 )
 def test_cannot_start(backend, url, cause):
-    """One short message: the URL, the cause, what to type next. Exit status 1."""
+    """One short message: the URL, the cause, what to type next. Exit status 1.
+
+    The test starts a server in two cases; with files there is none.
+    """
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = url.replace("SILENT", str(silent.getsockname()[1]))
         url = url.replace("PORT", str(backend.port))
@@ -175,11 +177,7 @@ def test_missing_packages():
     assert done.returncode == 1
 
 
-def test_files():
-    """One script, which names the same packages for `uv run`; nothing else at the top."""
+def test_dependencies():
+    """For `uv run`, the script names the same packages."""
     required = (ROOT / "requirements.txt").read_text().split()
     assert f"# dependencies = {json.dumps(required)}\n# ///\n" in SCRIPT.read_text()
-    assert len(required) == 3
-    files = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).split()
-    here = ".ci .gitignore README.md requirements.txt tests tooz_join_group.py"
-    assert {name.split("/")[0] for name in files} == {*here.split()}
