@@ -18,7 +18,7 @@ lesson is the first function, join_and_watch(), in six numbered steps.
     coordinator  a client's connection to the backend
     heartbeat    what a coordinator sends about twice per lease: I am alive
     lease        how long a member may go without sending a heartbeat: 30 s,
-                 10 s on files; with ?timeout=5 at the end of the URL, 5 s
+                 10 s on files; with ?timeout=5 at the end of all URLs, 5 s
     future       what a call returns while it still runs; get() waits for it
 
 Backends matter:
@@ -52,7 +52,7 @@ try:
 except ImportError as missing:
     sys.exit(f"{missing}. Try .venv/bin/python, or: pip install -r requirements.txt")
 
-POLL_EVERY = 0.25  # Seconds between two polls, for a lesson. A service may wait longer.
+POLL_EVERY = 0.25  # Seconds between polls. A service may wait longer, up to lease / 4.
 POLL_LIMIT = 5  # Seconds, at most. A backend that answers a poll later counts as down.
 LIMIT = 10  # Seconds for other get()s. In a crowd, joins on memcached take several.
 NOT_A_MEMBER = coordination.MemberNotJoined, coordination.GroupNotCreated
@@ -62,8 +62,8 @@ def join_and_watch(args):
     """Take the six steps, after refuse_taken_name(); return the exit status.
 
     `args` is what arguments() returns. The status is 0, or 128 + n after signal n, or 1
-    if we could not leave. Raises what Tooz and its driver raise in steps 1 to 4, such
-    as MemberAlreadyExist if the group has our name already.
+    if we could not leave. Raises what Tooz and its driver raise otherwise, such as
+    MemberAlreadyExist if the group has our name already.
     """
     # 1. The coordinator is our connection to the backend. Its heart is a thread that
     #    sends heartbeats; a member that sends none for a whole lease is dropped.
@@ -77,7 +77,7 @@ def join_and_watch(args):
     # 2. Whoever comes first creates the group. The call returns a future at once; get()
     #    waits for its result, or raises its error.
     try:
-        coordinator.create_group(args.group_id).get()
+        coordinator.create_group(args.group_id).get(LIMIT)
         say(args, f"2. created {args.group}")
     except coordination.GroupAlreadyExist:
         say(args, f"2. {args.group} exists already")
@@ -100,9 +100,8 @@ def join_and_watch(args):
             watch(coordinator, args, lease, members, asked, signals)
             say(args, "5. interrupted" if signals else f"5. waited {args.wait:g} s")
         finally:
-            # 6. What we joined we leave, after an error, too. The others see it at
-            #    their next poll. If we only stopped our heart, they would see us until
-            #    our lease expires.
+            # 6. Once we have joined, we leave, after an error, too. The others see it at
+            #    their next poll. Without it, they would see us until our lease expires.
             say(args, f"6. leaving {args.group}")
             left = False
             try:
@@ -111,7 +110,7 @@ def join_and_watch(args):
                 say(args, f"6. left {args.group}")
                 left = True
             except Exception as error:  # noqa: BLE001 (drivers raise what they like)
-                coordinator.heart.stop()  # A heartbeat would keep us listed.
+                coordinator.heart.stop()  # More heartbeats would keep us listed.
                 cause = f"{root_cause(error)}; our lease will expire"
                 say(args, f"could not leave {args.group}: {cause}", sys.stderr)
     if not left:
@@ -136,7 +135,9 @@ def watch(coordinator, args, lease, members, asked, signals):
     # We cannot know when our lease expires, so we stay on the safe side. This is the
     # worst case, provided that heartbeats arrive as soon as polls do:
     #     heartbeat -- half a lease -- poll that lists us -- half a lease -- dropped
-    safe_until = asked + lease / 2
+    # Memcached counts whole seconds, so it may drop us a second earlier.
+    safe = max(lease / 2 - 1, lease / 4)
+    safe_until = asked + safe
     down = False
     while not signals and (remaining := end - now()) > 0:
         status(f"{remaining:.0f} s remaining, heartbeats: {coordinator.heart.beats}")
@@ -168,7 +169,7 @@ def watch(coordinator, args, lease, members, asked, signals):
             event(f"{os.fsdecode(who)} {what}, {listing(found)}")
         members, down = found, False
         # Who is not listed has no lease that could expire.
-        safe_until = asked + lease / 2 if args.me in found else math.inf
+        safe_until = asked + safe if args.me in found else math.inf
 
 
 # --- Failures ---
@@ -200,7 +201,7 @@ def caught_signals():
 
 
 def refuse_taken_name(args):
-    """Raise MemberAlreadyExist if a member has our name; free it if that one crashed.
+    """Raise MemberAlreadyExist if a member has our name; free it if it is left over.
 
     It is called before we have a coordinator: on memcached, our own heartbeats would
     keep a crashed client of this name listed. Raises what Tooz and its driver raise.
@@ -213,8 +214,8 @@ def refuse_taken_name(args):
         observer.get_member_capabilities(args.group_id, args.me).get(LIMIT)
         if args.me in observer.get_members(args.group_id).get(LIMIT):
             raise coordination.MemberAlreadyExist(args.group_id, args.me)
-        # Our name has an entry, but is not listed: on files, a crash leaves it behind,
-        # and we would be refused for ever. So we leave in the crashed client's place.
+        # Our name has an entry, but is not listed: on files, a crash (or a long sleep)
+        # leaves it over, and we would be refused for ever. So we leave in its place.
         crashed = coordination.get_coordinator(args.url, args.me)
         crashed.start()
         crashed.leave_group(args.group_id).get(LIMIT)
@@ -238,14 +239,13 @@ def join_again(coordinator, args):
 
     Raises what Tooz and its driver raise. On an error, call it again.
     """
-    # The poll finds out whether the backend answers: heartbeat() has a long limit.
-    poll(coordinator, args, POLL_LIMIT)
+    # Does the backend answer? heartbeat() would wait for the driver's limit.
+    with contextlib.suppress(coordination.GroupAlreadyExist):
+        coordinator.create_group(args.group_id).get(POLL_LIMIT)
     # On etcd, the heartbeat replaces a lease that has expired: without one we could not
     # join. On memcached, the others would drop us at their next poll if it had not been
     # sent. And our heart may be late: its clock stands still while a laptop sleeps.
     coordinator.heartbeat()
-    with contextlib.suppress(coordination.GroupAlreadyExist):
-        coordinator.create_group(args.group_id).get(LIMIT)
     # Our name may be listed still, or a join of ours arrived late. (Or another client
     # has taken it. In a service, make names unique: host and process ID, for example.)
     with contextlib.suppress(coordination.MemberAlreadyExist):
