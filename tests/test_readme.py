@@ -281,7 +281,7 @@ def test_cluster(shell, texts):
     a.joins(a_joins, "clientA")
     leader.types(status)
     leader.sees(r"127.0.0.1:\d2579[^\n]* true ")
-    nodes.types(kill.replace("%1", f"%{leader.match[0][10]}"))
+    nodes.types(kill.replace("N", f"{leader.match[0][10]}"))
     shell().joins(a_joins.replace("clientA", "clientB"), "clientA", "clientB")
     a.sees("clientB joined, members: clientA, clientB\n")
     assert "clientA gone" not in a.transcript
