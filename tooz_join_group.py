@@ -17,8 +17,8 @@ lesson is the first function, join_and_watch(), in six numbered steps.
     backend      a server, or a folder, that keeps the groups and their members
     coordinator  a client's connection to the backend
     heartbeat    what a coordinator sends about twice per lease: I am alive
-    lease        how long a member may go without sending a heartbeat: 30 s,
-                 10 s on files; with ?timeout=5 at the end of all URLs, 5 s
+    lease        how long a member may go without sending a heartbeat (30 s;
+                 10 s on files; 5 s with ?timeout=5 at the end of all URLs)
     future       what a call returns while it still runs; get() waits for it
 
 Backends matter:
@@ -52,7 +52,7 @@ try:
 except ImportError as missing:
     sys.exit(f"{missing}. Try .venv/bin/python, or: pip install -r requirements.txt")
 
-POLL_EVERY = 0.25  # Seconds between polls. A service may wait longer, up to lease / 4.
+POLL_EVERY = 0.25  # Seconds between polls; in a service, any time below lease / 4.
 POLL_LIMIT = 5  # Seconds, at most. A backend that answers a poll later counts as down.
 LIMIT = 10  # Seconds for other get()s. In a crowd, joins on memcached take several.
 NOT_A_MEMBER = coordination.MemberNotJoined, coordination.GroupNotCreated
@@ -100,8 +100,8 @@ def join_and_watch(args):
             watch(coordinator, args, lease, members, asked, signals)
             say(args, "5. interrupted" if signals else f"5. waited {args.wait:g} s")
         finally:
-            # 6. Once we have joined, we leave, after an error, too. The others see it at
-            #    their next poll. Without it, they would see us until our lease expires.
+            # 6. Once we have joined, we leave, even after an error. The others see it
+            #    at their next poll. Without it, they would see us for a whole lease.
             say(args, f"6. leaving {args.group}")
             left = False
             try:
@@ -115,7 +115,7 @@ def join_and_watch(args):
                 say(args, f"could not leave {args.group}: {cause}", sys.stderr)
     if not left:
         return 1
-    coordinator.stop()  # This stops the heart, too.
+    coordinator.stop()  # It waits for the heart. Signals may kill us again.
     return 128 + signals[0] if signals else 0
 
 
@@ -132,10 +132,10 @@ def watch(coordinator, args, lease, members, asked, signals):
     # Tooz's watchers (see run_watchers()) poll, too, and the first one of a group reads
     # the list anew: who joined since step 4 would never be announced.
     end = now() + args.wait
-    # We cannot know when our lease expires, so we stay on the safe side. This is the
-    # worst case, provided that heartbeats arrive as soon as polls do:
-    #     heartbeat -- half a lease -- poll that lists us -- half a lease -- dropped
-    # Memcached counts whole seconds, so it may drop us a second earlier.
+    # We cannot know when our lease expires, so we assume the worst. With a lease of
+    # 30 s, the last heartbeat may be 15 s old when a poll lists us, and 15 s later we
+    # are dropped: 14 s, as some backends count whole seconds. (This assumes that
+    # heartbeats arrive as soon as polls do.)
     safe = max(lease / 2 - 1, lease / 4)
     safe_until = asked + safe
     down = False
