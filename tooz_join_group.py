@@ -52,7 +52,7 @@ try:
 except ImportError as missing:
     sys.exit(f"{missing}. Try .venv/bin/python, or: pip install -r requirements.txt")
 
-POLL_EVERY = 0.25  # Seconds between polls; in a service, any time below lease / 4.
+POLL_EVERY = 0.25  # Seconds between two polls, at most. A service may wait longer.
 POLL_LIMIT = 5  # Seconds, at most. A backend that answers a poll later counts as down.
 LIMIT = 10  # Seconds for other get()s. In a crowd, joins on memcached take several.
 NOT_A_MEMBER = coordination.MemberNotJoined, coordination.GroupNotCreated
@@ -141,7 +141,7 @@ def watch(coordinator, args, lease, members, asked, signals):
     down = False
     while not signals and (remaining := end - now()) > 0:
         status(f"{remaining:.0f} s remaining, heartbeats: {coordinator.heart.beats}")
-        time.sleep(max(0, min(remaining, POLL_EVERY, safe_until - now())))
+        time.sleep(max(0, min(remaining, POLL_EVERY, safe / 2, safe_until - now())))
         if now() >= safe_until:
             # Here a real service stops what only a member may do: the backend hangs, or
             # we were suspended, and the others may have replaced us already. Whether
