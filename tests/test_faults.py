@@ -173,7 +173,7 @@ def test_stays_down(backend, member, way):
     a.sees(OUTAGE, f"{EXPIRY}\n")
     assert time.monotonic() - down < 20
     a.sees("5. waited 16 s\n", f"6. leaving {GROUP}\n")
-    assert time.monotonic() - down < 30
+    assert time.monotonic() - down < 25
     a.sees(f"could not leave {GROUP}: .*; our lease will expire\n")
     a.ends(1)
     assert [a.transcript.count(one) for one in ("error", EXPIRY)] == [1, 1]
