@@ -1,6 +1,6 @@
 """Measure what the script costs: `tests/run benchmark` prints the README's figures.
 
-It measures one backend after the other, each on a server of its own, takes about eight
+It measures one backend after the other, each on a server of its own, takes about ten
 minutes, and wants the machine to itself. Two rows try what a test on a busy machine cannot
 aim at: a signal at any moment. If the script does not keep what it promises, as below, that
 is said after the table, and the exit status is 1.

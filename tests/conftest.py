@@ -73,11 +73,10 @@ def broken(folder, line, other):
     return copy
 
 
-def run(*arguments, script=SCRIPT):
+def run(*arguments):
     """Run the script to its end; return its CompletedProcess, with text in it."""
     options = {"capture_output": True, "text": True, "timeout": LIMIT}
-    words = command(*arguments, script=script)
-    done = subprocess.run(words, check=False, **options)
+    done = subprocess.run(command(*arguments), check=False, **options)
     assert "Traceback" not in (done.stderr or "")
     return done
 

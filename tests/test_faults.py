@@ -195,7 +195,6 @@ def test_deleted(backend, start, what):
         assert len(said.splitlines()) <= 16
 
 
-@pytest.mark.xdist_group("crowd")  # One after the other.
 @promises("20 clients join and leave at once", "all seen")
 def test_crowd(backend, member, start):
     """All get in, the watcher sees all of them, and all get out."""

@@ -15,11 +15,14 @@ from conftest import CLOCK, README, SCRIPT, Program, free_port, on, screen, wait
 from test_faults import EXPIRY, ROWS
 
 # Each block of commands or of Python, and the output that follows it.
-BLOCKS = re.findall(
-    r"(?ms)^ *```(?:sh|python)\n(.*?)^ *```$(?:(?:\n|[^\n`]*\n){,4}?```text\n(.*?)^```$)?",
-    README,
-)
-REST = [textwrap.dedent(text) for text, _ in BLOCKS]
+SHOWN = {
+    textwrap.dedent(text): output
+    for text, output in re.findall(
+        r"(?ms)^ *```(?:sh|python)\n(.*?)^ *```$(?:(?:\n|[^\n`]*\n){,4}?```text\n(.*?)^```$)?",
+        README,
+    )
+}
+REST = [*SHOWN]
 # Nobody reads a server's log, and a terminal that is full would stop it.
 QUIET = "exec >/dev/null 2>&1\n"
 PORTS = r"\b(2379|2380|23790|23791|11211)\b"
@@ -84,11 +87,6 @@ def blocks(count):
     return pytest.mark.parametrize("texts", [taken], ids=["page"])
 
 
-def output(text):
-    """Return what the page shows after that block."""
-    return next(shown for block, shown in BLOCKS if textwrap.dedent(block) == text)
-
-
 def said_by(name, text):
     """Return the lines of a client, without what changes from run to run."""
     text = re.sub(CLOCK, "HH:MM:SS", text)
@@ -125,7 +123,8 @@ def test_try_it(tmp_path, shell, texts):
     for name in "requirements.txt", SCRIPT.name:
         shutil.copy(SCRIPT.parent / name, clone)
     a = shell(first, cwd=clone)
-    a.expect("4. members: clientA\r\n", timeout=240)
+    a.timeout = 240  # pip takes its time.
+    a.sees("4. members: clientA\n")
     b = shell(second, cwd=clone)
     b.sees("4. members: clientA, clientB\n", "remaining, heartbeats: ")
     b.leaves()
@@ -135,7 +134,7 @@ def test_try_it(tmp_path, shell, texts):
     b.types(kill)
     a.sees("clientB gone")
     shown = "\n".join(screen(a.transcript, 200)).replace(str(tmp_path), "/tmp")
-    assert said_by("clientA", shown) == said_by("clientA", output(kill))
+    assert said_by("clientA", shown) == said_by("clientA", SHOWN[kill])
 
 
 @blocks(10)
@@ -194,7 +193,7 @@ def test_etcd(shell, texts):
     a, b, events = shell(), shell(), shell()
     a.joins(a_joins, "clientA")
     b.joins(b_joins, "clientA", "clientB")
-    shell(keys).sees(*output(keys).split())
+    shell(keys).sees(*SHOWN[keys].split())
     shell(leases).sees(r"TTL\(30s\), remaining\(\d+s\), attached keys\(\[too.*tA")
     events.types(watch)
     while events.expect(["PUT", pexpect.TIMEOUT], timeout=2) == 1:  # Not yet watching.
@@ -215,7 +214,7 @@ def test_memcached(shell, texts):
     shell().joins(a_joins, "clientA")
     shell().joins(b_joins, "clientA", "clientB")
     # Older versions of Tooz store no capabilities as b"", newer ones as None.
-    shown = re.escape(output(keys).strip()).replace(r"\\xc0", r"\\x(c0|c4\\x00)")
+    shown = re.escape(SHOWN[keys].strip()).replace(r"\\xc0", r"\\x(c0|c4\\x00)")
     shell(keys).sees(shown)
 
 
@@ -260,7 +259,8 @@ def test_break_it(shell, texts):
 def test_uv(shell, texts):
     """uv needs no environment."""
     a = shell(*texts)
-    a.expect("4. members: clientA\r\n", timeout=240)
+    a.timeout = 240  # It downloads the packages.
+    a.sees("4. members: clientA\n")
 
 
 @blocks(2)

@@ -135,7 +135,7 @@ def test_name_of_another(backend, member, monkeypatch):
 def test_cannot_start(backend, url, cause):
     """One short message: the URL, the cause, what to type next. Exit status 1.
 
-    The test starts a server in two cases; with files there is none.
+    PORT is that of a server; with files there is none.
     """
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = url.replace("SILENT", str(silent.getsockname()[1]))
