@@ -31,225 +31,208 @@ Backends matter:
                                  server: clients that poll skip the dead ones.
 
 The default URL is $TOOZ_BACKEND_URL, or etcd's as above.
-Exit status: 0 done, 1 failed, 2 wrong arguments, 128+n ended by signal n.
-
-It goes with the lesson "Creating, Joining and Leaving Groups" of The Hacker's
-Guide to Scaling Python.
+Exit status: 0 done, 1 failed, 2 wrong arguments. After Ctrl-C, SIGTERM or
+SIGHUP it leaves, and then that signal ends it (a shell says 130, 143 or 129).
 """
 
-import argparse
 import contextlib
 import logging
-import math
 import os
 import re
 import signal
 import sys
 import time
+import traceback
+from argparse import ArgumentParser, RawTextHelpFormatter
 
 try:
     from tooz import coordination
 except ImportError as missing:
     sys.exit(f"{missing}. Try .venv/bin/python, or: pip install -r requirements.txt")
 
-POLL_EVERY = 0.25  # Seconds between two polls, at most. A service may wait longer.
-POLL_LIMIT = 5  # Seconds, at most. A backend that answers a poll later counts as down.
-LIMIT = 10  # Seconds for other get()s. In a crowd, joins on memcached take several.
+POLL_EVERY = 0.15  # Seconds. A service may poll less often, but well within its lease.
+LIMIT = 10  # Seconds for a get(). In a crowd, joins on memcached take several.
+URL = os.getenv("TOOZ_BACKEND_URL") or "etcd3+http://localhost"
 NOT_A_MEMBER = coordination.MemberNotJoined, coordination.GroupNotCreated
+signals = {}  # The number of each signal that was caught, and when it first was.
 
 
-def join_and_watch(args):
-    """Take the six steps, after refuse_taken_name(); return the exit status.
+def join_and_watch(url, me, group, seconds):
+    """Take the six steps; return after `seconds`, or once a signal was caught.
 
-    `args` is what arguments() returns. The status is 0, or 128 + n after signal n, or 1
-    if we could not leave. Raises what Tooz and its driver raise otherwise, such as
-    MemberAlreadyExist if the group has our name already.
+    `me` and `group` are names, in bytes. Call refuse_taken_name() before. Raises what
+    Tooz and its driver raise, such as MemberAlreadyExist if the group has our name.
     """
     # 1. The coordinator is our connection to the backend. Its heart is a thread that
-    #    sends heartbeats; a member that sends none for a whole lease is dropped.
-    #    heartbeat() sends one, too, and returns the seconds within which the next one
-    #    is due, usually our lease. The heart waits for about half of that.
-    coordinator = coordination.get_coordinator(args.url, args.me)
+    #    sends heartbeats; a member that sends none for a whole lease is dropped. To
+    #    know when the last one was sent, we put a Lease between heart and coordinator.
+    coordinator = coordination.get_coordinator(url, me)
+    lease = Lease(coordinator)
+    coordinator.heart = coordination.Heart(lease)
     coordinator.start(start_heart=True)
-    lease = coordinator.heartbeat()
-    say(args, f"1. started a coordinator on {args.url}")
+    say(f"1. started a coordinator on {url}")
 
     # 2. Whoever comes first creates the group. The call returns a future at once; get()
     #    waits for its result, or raises its error.
     try:
-        coordinator.create_group(args.group_id).get(LIMIT)
-        say(args, f"2. created {args.group}")
+        coordinator.create_group(group).get(LIMIT)
+        say(f"2. created {group.decode()}")
     except coordination.GroupAlreadyExist:
-        say(args, f"2. {args.group} exists already")
+        say(f"2. {group.decode()} exists already")
 
-    # A member killed by Ctrl-C would stay listed until its lease expires. So from here
-    # on, signals are only collected: they end step 5, and we leave in step 6. A signal
-    # has to wait for the call that is running, so each get() below has a limit.
-    with caught_signals() as signals:
-        # 3. From now on the backend lists us, until our heart misses a whole lease.
-        coordinator.join_group(args.group_id).get(LIMIT)
-        try:
-            say(args, f"3. joined {args.group} (lease: {lease:g} s)")
+    # 3. From now on the backend lists us, until our heart misses a whole lease. If a
+    #    signal killed us, we would stay listed as long, so signals only end step 5.
+    catch_signals()
+    coordinator.join_group(group).get(LIMIT)
+    try:
+        say(f"3. joined {group.decode()}")
 
-            # 4. The list lives in the backend, so we ask the backend for it.
-            asked = now()
-            members = coordinator.get_members(args.group_id).get(LIMIT)
-            say(args, f"4. {listing(members)}")
+        # 4. The list lives in the backend, so we ask the backend for it.
+        members = coordinator.get_members(group).get(LIMIT)
+        say(f"4. {listing(members)}")
 
-            # 5. Nobody calls us when a member joins or leaves: watch() polls the list.
-            watch(coordinator, args, lease, members, asked, signals)
-            say(args, "5. interrupted" if signals else f"5. waited {args.wait:g} s")
-        finally:
-            # 6. Once we have joined, we leave, even after an error. The others see it
-            #    at their next poll. Without it, they would see us for a whole lease.
-            say(args, f"6. leaving {args.group}")
-            left = False
-            try:
-                with contextlib.suppress(*NOT_A_MEMBER):  # Dropped already: as good.
-                    coordinator.leave_group(args.group_id).get(LIMIT)
-                say(args, f"6. left {args.group}")
-                left = True
-            except Exception as error:  # noqa: BLE001 (drivers raise what they like)
-                coordinator.heart.stop()  # More heartbeats would keep us listed.
-                cause = f"{root_cause(error)}; our lease will expire"
-                say(args, f"could not leave {args.group}: {cause}", sys.stderr)
-    if not left:
-        return 1
-    coordinator.stop()  # It waits for the heart. Signals may kill us again.
-    return 128 + signals[0] if signals else 0
+        # 5. Nobody calls us when a member joins or leaves, so we poll. A group is a
+        #    set: what is in only one of two lists has joined, or is gone. (A list does
+        #    not tell a member that left from one that crashed.) It may be ourselves.
+        say(f"5. watching for {seconds:g} s")
+        acting = False
+        for found, safe in polls(coordinator, group, me, members, lease, seconds):
+            for who in sorted(found ^ members, key=os.fsdecode):
+                what = "joined" if who in found else "gone"
+                say(f"{os.fsdecode(who)} {what}, {listing(found)}")
+            # To be listed is one thing, to act as a member another: the list is late,
+            # and whoever was dropped may have been replaced. A service works here, but
+            # only while it is safe.
+            if safe and not acting:
+                say(f"start acting as a member, with a lease of {lease.seconds:g} s")
+            if acting and not safe:
+                say("stop acting as a member: we may have been dropped")
+            members, acting = found, safe
+    finally:
+        # 6. Once we have joined, we leave, even after an error: the others see it at
+        #    their next poll, and not a lease later. (A service stops its work first.)
+        #    If we cannot leave, more heartbeats would keep us listed: stop the heart.
+        say(f"6. leaving {group.decode()}")
+        coordinator.heart.stop()
+        with contextlib.suppress(*NOT_A_MEMBER):  # We were dropped: as good.
+            coordinator.leave_group(group).get(LIMIT)
+        say(f"6. left {group.decode()}")
+        # stop() waits for the heart, and the heart, perhaps, for a backend that hangs.
+        if not coordinator.heart.wait(LIMIT):
+            coordinator.stop()
 
 
-def watch(coordinator, args, lease, members, asked, signals):
-    """Show who joins and leaves, for `args.wait` seconds or until a signal is caught.
+class Lease:
+    """Our lease of `seconds`: until `safe_until`, a time of now(), nobody drops us.
 
-    `lease` is in seconds; `members`, a set, is the list shown last, and was
-    asked for at `asked`, a time of now().
+    Tooz's heart renews it. Both are 0 until the first heartbeat has been sent.
     """
 
-    def event(text):
-        say(args, f"{time.strftime('%H:%M:%S')} {text}")
+    def __init__(self, coordinator):
+        self.coordinator, self.seconds, self.safe_until = coordinator, 0, 0
 
-    # Tooz's watchers (see run_watchers()) poll, too, and the first one of a group reads
-    # the list anew: who joined since step 4 would never be announced.
-    end = now() + args.wait
-    # We cannot know when our lease expires, so we assume the worst. With a lease of
-    # 30 s, the last heartbeat may be 15 s old when a poll lists us, and 15 s later we
-    # are dropped: 14 s, as some backends count whole seconds. (This assumes that
-    # heartbeats arrive as soon as polls do.)
-    safe = max(lease / 2 - 1, lease / 4)
-    safe_until = asked + safe
-    down = False
+    def heartbeat(self):
+        """Send a heartbeat; return the seconds within which the next one is due.
+
+        The heart waits for half of that, or, if this raises an error, for a second.
+        """
+        # The lease may begin as soon as the heartbeat is sent, so we count from before.
+        # Two thirds are safe: some backends count whole seconds, and polls take a while.
+        sent = now()
+        self.seconds = self.coordinator.heartbeat()
+        self.safe_until = sent + self.seconds * 2 / 3
+        return self.seconds
+
+
+def polls(coordinator, group, me, members, lease, seconds):
+    """Yield the set of members, and whether it is safe to act as one of them.
+
+    It yields every POLL_EVERY seconds, until `seconds` have passed or a signal was
+    caught, and never waits for the backend. `members` is the list that is known already.
+    """
+    # Tooz's watchers (see run_watchers()) poll, too, but they wait for the answer.
+    end, safe_until, poll, outage = now() + seconds, 0, None, ""
     while not signals and (remaining := end - now()) > 0:
-        status(f"{remaining:.0f} s remaining, heartbeats: {coordinator.heart.beats}")
-        time.sleep(max(0, min(remaining, POLL_EVERY, safe / 2, safe_until - now())))
-        if now() >= safe_until:
-            # Here a real service stops what only a member may do: the backend hangs, or
-            # we were suspended, and the others may have replaced us already. Whether
-            # they have or not, we count ourselves out, and join again.
-            event("our lease may have expired: stop acting as a member")
-            members, safe_until = members - {args.me}, math.inf
-        try:
-            if args.me not in members:
-                join_again(coordinator, args)
-            asked = now()
-            found = poll(coordinator, args, min(POLL_LIMIT, safe_until - asked))
-        except Exception as error:  # noqa: BLE001 (drivers raise what they like)
-            if not down:
-                event(f"backend error: {root_cause(error)}; still trying")
-            down = True
-            continue
-        if down:
-            event(f"backend is back, {listing(found)}")
-        # A group is a set: what is in only one of two lists has joined, or is missing.
-        # We say "gone", as the list does not tell a member that left from one that
-        # crashed. It may be ourselves. Then a real service stops here, too; it goes on
-        # once it has "joined".
-        for who in sorted(found ^ members, key=os.fsdecode):
-            what = "joined" if who in found else "gone"
-            event(f"{os.fsdecode(who)} {what}, {listing(found)}")
-        members, down = found, False
-        # Who is not listed has no lease that could expire.
-        safe_until = asked + safe if args.me in found else math.inf
+        if poll is None:
+            renewed_until = lease.safe_until
+            if me not in members and renewed_until > safe_until and not outage:
+                # We were dropped, or the group was. We join again once a heartbeat has
+                # been sent: before, etcd has no lease for us, and memcached's others
+                # would drop us again. The next poll tells whether it has worked.
+                coordinator.create_group(group)
+                coordinator.join_group(group)
+            poll = coordinator.get_members(group)
+        time.sleep(min(remaining, POLL_EVERY))
+        if poll.done():
+            try:
+                members, cause = poll.get(), ""
+            except coordination.GroupNotCreated:
+                members, cause = set(), ""
+            except Exception as error:  # noqa: BLE001 (drivers raise what they like)
+                cause = root_cause(error)
+            if bool(cause) != bool(outage):
+                say(f"backend error: {cause}" if cause else "backend is back")
+            # A heartbeat counts once a poll lists us that was sent after it: memcached
+            # answers polls, but not heartbeats.
+            if me in members and not cause:
+                safe_until = renewed_until
+            poll, outage = None, cause
+        safe_for = max(0, safe_until - now()) if me in members else 0
+        status(f"{remaining:.0f} s remaining, safe to act for {safe_for:.1f} s")
+        yield members, safe_for > 0
 
 
 # --- Failures ---
 
 
-@contextlib.contextmanager
-def caught_signals():
-    """Collect Ctrl-C, SIGTERM and SIGHUP in the list that the `with` block gets.
-
-    The handler raises nothing, so it interrupts no call of Tooz: the block checks the
-    list when it can. After the first signal, Ctrl-C kills us: leaving may take long.
-    """
-    caught, before = [], {}
-
-    def catch(number, _):
-        caught.append(number)
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
-
-    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-        before[number] = signal.getsignal(number)
-        # An ignored signal stays ignored: somebody may have started us with nohup.
-        if before[number] != signal.SIG_IGN:
-            signal.signal(number, catch)
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def refuse_taken_name(args):
+def refuse_taken_name(url, me, group):
     """Raise MemberAlreadyExist if a member has our name; free it if it is left over.
 
-    It is called before we have a coordinator: on memcached, our own heartbeats would
-    keep a crashed client of this name listed. Raises what Tooz and its driver raise.
+    Call it before there is a coordinator: on memcached, our own heartbeats would keep
+    a crashed client of this name listed. Raises what Tooz and its driver raise.
     """
-    # The observer asks under a name that no client can have. It joins nothing and has
-    # no heart, so we save the second that its stop() would take.
-    observer = coordination.get_coordinator(args.url, args.me + b"?")
+    # It asks under a name that no client can have. It joins nothing: no need to stop it.
+    observer = coordination.get_coordinator(url, me + b"?")
     observer.start()
     with contextlib.suppress(*NOT_A_MEMBER):
-        observer.get_member_capabilities(args.group_id, args.me).get(LIMIT)
-        if args.me in observer.get_members(args.group_id).get(LIMIT):
-            raise coordination.MemberAlreadyExist(args.group_id, args.me)
-        # Our name has an entry, but is not listed: on files, a crash (or a long sleep)
-        # leaves it over, and we would be refused for ever. So we leave in its place.
-        crashed = coordination.get_coordinator(args.url, args.me)
+        # This raises MemberNotJoined if our name has no entry, so that the leave below
+        # cannot hit a client that is just joining.
+        with contextlib.suppress(ValueError):  # An entry that a power cut has damaged.
+            observer.get_member_capabilities(group, me).get(LIMIT)
+        if me in observer.get_members(group).get(LIMIT):
+            raise coordination.MemberAlreadyExist(group, me)
+        # An entry that is not listed: on files, a crash leaves it over, and we would be
+        # refused for ever. So we leave in its place.
+        crashed = coordination.get_coordinator(url, me)
         crashed.start()
-        crashed.leave_group(args.group_id).get(LIMIT)
+        crashed.leave_group(group).get(LIMIT)
+
+
+def catch_signals():
+    """Collect signals, and interrupt no call of Tooz. Only a second Ctrl-C kills us."""
+
+    def catch(number, _):
+        # One Ctrl-C may arrive twice: from the terminal, and from `timeout` or `uv`.
+        if now() > signals.setdefault(number, now()) + 0.5 and number == signal.SIGINT:
+            end_by(number)
+
+    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        # An ignored signal stays ignored: somebody may have started us with nohup.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, catch)
+
+
+def end_by(number):
+    """End as if nobody had caught the signal: shells and systemd look at that."""
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
+    os._exit(128 + number)  # In a container, process 1 survives its own signals.
 
 
 def now():
     """Return seconds, on a clock that nobody sets and that no laptop's sleep stops."""
     # time.monotonic() stands still then. macOS has no CLOCK_BOOTTIME, and needs none.
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
-
-
-def poll(coordinator, args, limit):
-    """Return the set of members, or raise what Tooz raises, in `limit` seconds."""
-    with contextlib.suppress(coordination.GroupNotCreated):
-        return coordinator.get_members(args.group_id).get(limit)
-    return set()  # A group that does not exist has no members.
-
-
-def join_again(coordinator, args):
-    """Become a member again: we slept, were cut off, or the backend lost its data.
-
-    Raises what Tooz and its driver raise. On an error, call it again.
-    """
-    # Does the backend answer? heartbeat() would wait for the driver's limit.
-    with contextlib.suppress(coordination.GroupAlreadyExist):
-        coordinator.create_group(args.group_id).get(POLL_LIMIT)
-    # On etcd, the heartbeat replaces a lease that has expired: without one we could not
-    # join. On memcached, the others would drop us at their next poll if it had not been
-    # sent. And our heart may be late: its clock stands still while a laptop sleeps.
-    coordinator.heartbeat()
-    # Our name may be listed still, or a join of ours arrived late. (Or another client
-    # has taken it. In a service, make names unique: host and process ID, for example.)
-    with contextlib.suppress(coordination.MemberAlreadyExist):
-        coordinator.join_group(args.group_id).get(LIMIT)
 
 
 def root_cause(error):
@@ -260,48 +243,28 @@ def root_cause(error):
     return f"{type(error).__name__}: {message.strip()[:200]}"
 
 
-# --- Input and output ---
-
-# Without a host, most drivers silently take localhost; ZooKeeper's takes several. With
-# a lease of 0, memcached keeps a member for ever, and the heart never rests.
-HOST = r"(\[[\w.:%]+\]|[\w.-]+)(:0*[1-9]\d*)?"
-SERVER = rf"(?!file:)[\w+.-]+://([^/?#\s]*@)?{HOST}(,{HOST})*(/[^?#]*)?"
-URL = rf"(?ai)(?!.*timeout=([+-]|0+(&|$)))({SERVER}|file:///[^?#]+)(\?[^#]*)?"
-
-
 def arguments():
-    """Return the command line's arguments; exit with status 2 if they are wrong.
-
-    `me` and `group_id` are the names as Tooz takes them, as bytes.
-    """
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    add = parser.add_argument
-    # On etcd, a "/" would nest one group in another; memcached's keys take no spaces.
-    name = matching(r"[A-Za-z0-9._-]{1,100}", "1 to 100 of A-Z a-z 0-9 . _ -")
-    add("client", type=name, help="a name for this client, and for no other")
-    add("group", type=name, help="the group to join")
-    use = "DRIVER://HOST[:PORT] or file:///PATH, no port or timeout below 1, and no #"
-    url = matching(URL, f"{use} (here, or in $TOOZ_BACKEND_URL)")
-    default = os.getenv("TOOZ_BACKEND_URL") or "etcd3+http://localhost"
-    add("url", type=url, nargs="?", default=default, help="a Tooz URL")
-    wait = matching(r"(\d+\.?\d*|\.\d+)(e-?\d+)?|inf", "a number, 0 or more", float)
-    add("--wait", type=wait, metavar="SECONDS", default="60", help="time to stay: 60")
+    """Return what join_and_watch() takes; exit with status 2 if an argument is wrong."""
+    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    parser.add_argument("client", type=os.fsencode, help="a name that nobody else has")
+    parser.add_argument("group", type=os.fsencode, help="the group to join")
+    parser.add_argument("url", nargs="?", default=URL, help="a Tooz URL")
+    parser.add_argument("--wait", type=float, default=60, help="seconds (60), or inf")
     args = parser.parse_intermixed_args()  # Options may stand before the URL, too.
-    args.me, args.group_id = args.client.encode(), args.group.encode()
-    return args
-
-
-def matching(pattern, use, kind=str):
-    """Return a type for argparse: `kind` of a text that matches; an error says how."""
-
-    def check(text):
-        if re.fullmatch(pattern, text):
-            return kind(text)
-        quoted = "" if "://" in text else f"{text!a}: "  # A URL may have a password.
-        raise argparse.ArgumentTypeError(f"{quoted}use {use}")
-
-    return check
+    for name in args.client, args.group:
+        # On etcd, a "/" would nest one group in another; memcached takes no spaces.
+        if not re.fullmatch(rb"[A-Za-z0-9._-]{1,100}", name):
+            parser.error(f"{os.fsdecode(name)!a}: use 1 to 100 of A-Z a-z 0-9 . _ -")
+    if not args.wait >= 0:
+        parser.error(f"--wait {args.wait}: use a number, 0 or more")
+    # Tooz takes localhost if there is no host, and says nothing if it ignores a server's
+    # path. With a timeout of 0, memcached keeps a member for ever.
+    place = args.url.partition("://")[2].partition("?")[0]
+    is_file = args.url.lower().startswith("file:")
+    fits = re.fullmatch("/.+" if is_file else "([^/]*@)?[^/:@][^/@]*/?", place)
+    if not fits or re.search(r"#|timeout=(?![1-9])|\?.*@", args.url):
+        parser.error("url: DRIVER://HOST[:PORT] or file:///PATH, no #, no timeout=0")
+    return args.url, args.client, args.group, args.wait
 
 
 def listing(members):
@@ -310,11 +273,11 @@ def listing(members):
     return f"members: {', '.join(sorted(map(os.fsdecode, members))) or '(none)'}"
 
 
-def say(args, text, file=None):
+def say(text, file=None):
     """Print a line, to stdout by default. If nobody reads it, that is a hang-up."""
     status("")
     try:
-        print(f"{args.client}: {printable(text)}", file=file, flush=True)
+        print(time.strftime("%H:%M:%S"), printable(text), file=file, flush=True)
     except OSError:
         signal.raise_signal(signal.SIGHUP)
 
@@ -338,25 +301,26 @@ def main():
     # Until step 3 there is nothing to leave: Ctrl-C kills us, without a traceback.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    args = arguments()
+    url, me, group, seconds = arguments()
     logging.disable()  # The heart logs its failures. Keep that log in a service.
     logging.captureWarnings(True)  # urllib3 warns about the SSL library of macOS.
+    advice = f"check {url} and NO_PROXY, start the backend, or use file:///tmp/tooz"
     try:
-        status(f"asking {args.url}")
-        refuse_taken_name(args)
-        return join_and_watch(args)
+        status(f"asking {url}")
+        refuse_taken_name(url, me, group)
+        advice = "if we are still listed, we are dropped when our lease expires"
+        join_and_watch(url, me, group, seconds)
+        if signals:
+            end_by(next(iter(signals)))
+        return 0
     except coordination.MemberAlreadyExist:
-        why = (
-            f"{args.client} is a member of {args.group} already: it is running, or it "
-            "crashed less than a lease ago. Try again then, or choose another name"
-        )
-    except Exception as error:  # noqa: BLE001 (drivers raise what they like)
-        say(args, f"cannot use {args.url}: {root_cause(error)}", sys.stderr)
-        why = (
-            "check the URL (etcd3+http://localhost, memcached://127.0.0.1, or, without "
-            "a server, file:///tmp/tooz), that the backend runs there, and NO_PROXY"
-        )
-    say(args, why, sys.stderr)
+        say(f"{me.decode()} is a member already. Crashed? Wait for a lease", sys.stderr)
+    except Exception as error:
+        frames = traceback.format_tb(error.__traceback__)
+        if not any("tooz/coordination.py" in frame for frame in frames):
+            raise  # A mistake in this file: Python shows its traceback.
+        say(f"backend error: {root_cause(error)}", sys.stderr)
+        say(advice, sys.stderr)
     return 1
 
 
