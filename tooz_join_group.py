@@ -197,7 +197,7 @@ def refuse_taken_name(url, me, group):
     with contextlib.suppress(*NOT_A_MEMBER):
         # This raises MemberNotJoined if our name has no entry, so that the leave below
         # cannot hit a client that is just joining.
-        with contextlib.suppress(ValueError):  # An entry that a power cut has damaged.
+        with contextlib.suppress(coordination.SerializationError):  # After a power cut.
             observer.get_member_capabilities(group, me).get(LIMIT)
         if me in observer.get_members(group).get(LIMIT):
             raise coordination.MemberAlreadyExist(group, me)
