@@ -5,7 +5,6 @@ import io
 import os
 import pathlib
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +16,6 @@ import mirakuru
 import pexpect
 import port_for
 import psutil
-import pymemcache
-import pyte
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -29,10 +26,11 @@ LIMIT = 60
 CLOCK = r"\d\d:\d\d:\d\d"
 GROUP = "group1"
 
-# These variables change how a URL is reached.
+# These variables change how a URL is reached. (The script reads one when imported.)
 for name in [*os.environ]:
     if re.fullmatch(r"(?i)(\w+_proxy|\w+_ca_bundle|tooz_backend_url)", name):
         del os.environ[name]
+sys.path.insert(0, str(ROOT))
 
 # Each worker of pytest-xdist takes its ports from a range of its own, and each port once.
 WORKER = int(re.sub(r"\D", "", os.environ.get("PYTEST_XDIST_WORKER", "")) or 30)
@@ -75,18 +73,10 @@ def broken(folder, line, other):
 
 def run(*arguments):
     """Run the script to its end; return its CompletedProcess, with text in it."""
-    options = {"capture_output": True, "text": True, "timeout": LIMIT}
+    options = {"capture_output": True, "text": True, "timeout": 2 * LIMIT}
     done = subprocess.run(command(*arguments), check=False, **options)
-    assert "Traceback" not in (done.stderr or "")
+    assert "Traceback" not in done.stderr
     return done
-
-
-def screen(text, columns=80):
-    """Return what a terminal shows after that output, without empty lines."""
-    terminal = pyte.Screen(columns, 300)
-    terminal.set_mode(pyte.modes.LNM)  # A transcript has no \r.
-    pyte.Stream(terminal).feed(text)
-    return [line.rstrip() for line in terminal.display if line.strip()]
 
 
 def afresh():
@@ -120,13 +110,13 @@ class Program(pexpect.spawn):
         """Send a signal to the program and its children."""
         os.killpg(self.pid, number)
 
-    def ends(self, *statuses):
-        """Wait for its end; hold it to one of these statuses, and to no traceback."""
+    def ends(self, *statuses, traceback=False):
+        """Wait for its end, with one of these statuses; -n is signal n."""
         self.expect(pexpect.EOF)
         wait_until(lambda: not self.isalive())
         status = -self.signalstatus if self.signalstatus else self.exitstatus
         assert status in statuses, self.transcript
-        assert "Traceback" not in self.transcript, self.transcript
+        assert ("Traceback" in self.transcript) is traceback, self.transcript
 
 
 @pytest.fixture
@@ -150,25 +140,16 @@ def programs():
 
 @pytest.fixture
 def start(programs):
-    """Start the script with start(name, url, …)."""
+    """Start the script with start(name, url, …), and wait for a pattern, if not None."""
 
-    def client(name, *arguments, under=(), script=SCRIPT, **options):
-        words = command(name, GROUP, *arguments, script=script)
-        return programs(*under, *words, **options)
-
-    return client
-
-
-@pytest.fixture
-def member(start):
-    """Start the script with member(name, url, …), and wait until it is a member."""
-
-    def member(name, *arguments, **options):
-        one = start(name, *arguments, **options)
-        one.sees("4. members: .*\n")
+    def client(name, *arguments, until=None, under=(), script=SCRIPT, **options):
+        one = programs(
+            *under, *command(name, GROUP, *arguments, script=script), **options
+        )
+        one.sees(*[until] if until else [])
         return one
 
-    return member
+    return client
 
 
 class Backend:
@@ -178,10 +159,8 @@ class Backend:
         self.base, self.folder = url, folder
         self.port = urllib.parse.urlsplit(url).port
         quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        at = "127.0.0.1", self.port
-        self.server = command and mirakuru.TCPExecutor(
-            command, *at, timeout=LIMIT, **quiet
-        )
+        options = {"host": "127.0.0.1", "port": self.port, "timeout": LIMIT, **quiet}
+        self.server = mirakuru.TCPExecutor(command, **options) if command else None
 
     def url(self, timeout=None):
         """Return the Tooz URL, with a lease of that many seconds."""
@@ -200,12 +179,12 @@ class Backend:
         """Return a lock of the clients: one that is suspended with it stops the others."""
         return contextlib.nullcontext()
 
-    def forget(self):
-        """Come back empty."""
-        self.kill()
-        if self.folder:
-            shutil.rmtree(self.folder)
-        self.start()
+    def gateway(self):
+        """Return this backend as it is reached through a gateway: a connection to cut."""
+        port = free_port()
+        ends = f"--listen-addr 127.0.0.1:{port} --endpoints 127.0.0.1:{self.port}"
+        url = self.base.replace(str(self.port), str(port))
+        return Backend(url, f"etcd gateway start {ends}")
 
     def pause(self):
         suspend(self.server.process)
@@ -224,24 +203,12 @@ class Etcd(Backend):
         )
         super().__init__(f"etcd3+{url}", command, folder / "etcd")
 
-    def delete(self, what):
-        # The members' keys are from A to Z. They stay when the group's key is deleted.
-        keys = {"the group": [""], "all its members": ["A", "Z"]}[what]
-        keys = [f"tooz/groups/{GROUP}/{key}" for key in keys]
-        etcdctl = ["etcdctl", "--endpoints", f"127.0.0.1:{self.port}", "del"]
-        assert subprocess.check_output([*etcdctl, *keys]) != b"0\n"
-
 
 class Memcached(Backend):
     def __init__(self, folder):
         port = free_port()
         command = f"memcached -u nobody -l 127.0.0.1 -p {port}"
         super().__init__(f"memcached://127.0.0.1:{port}", command)
-
-    def delete(self, what):
-        client = pymemcache.Client(("127.0.0.1", self.port), default_noreply=False)
-        group = f"_TOOZ_GROUP_{GROUP}"
-        assert client.delete(group) if what == "the group" else client.flush_all()
 
 
 class Files(Backend):
@@ -250,12 +217,6 @@ class Files(Backend):
 
     def lock(self):
         return fasteners.InterProcessLock(self.folder / ".driver_lock")
-
-    def delete(self, what):
-        if what == "the group":
-            shutil.rmtree(self.folder / "groups")
-        for member in self.folder.glob("groups/*/*.raw"):
-            member.unlink()
 
 
 BACKENDS = {"etcd": Etcd, "memcached": Memcached, "files": Files}

@@ -1,96 +1,179 @@
-"""The lesson as the learner sees it: the six steps, the messages, the arguments."""
+"""The lesson as the learner sees it: steps, messages, arguments, and the rule of the lease."""
 
 import json
+import math
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 
+import pyte
 import pytest
-from conftest import BACKENDS, CLOCK, GROUP, ROOT, SCRIPT, on, run, screen
+from conftest import BACKENDS, CLOCK, GROUP, ROOT, SCRIPT, broken, on, run
 from tooz import coordination
 
+import tooz_join_group as script
 
-@on(*BACKENDS)
-def test_six_steps(backend):
-    """stdout has the lesson, in the lesson's order; stderr has nothing.
-
-    With the longest names that one may have. Options may stand anywhere.
-    """
-    name, group = "Az09._-" + "c" * 93, "g" * 100
-    url = backend.url(timeout=5)
-    done = run(name, group, "--wait", "2", url)
-    assert done.stdout.splitlines() == [
-        f"{name}: 1. started a coordinator on {url}",
-        f"{name}: 2. created {group}",
-        f"{name}: 3. joined {group} (lease: 5 s)",
-        f"{name}: 4. members: {name}",
-        f"{name}: 5. waited 2 s",
-        f"{name}: 6. leaving {group}",
-        f"{name}: 6. left {group}",
-    ]
-    assert (done.stderr, done.returncode) == ("", 0)
+# --- When it is safe to act, in one process, on files ---
 
 
-@on(*BACKENDS)
-def test_terminal(backend, start):
-    """A status line shows the time remaining, and heartbeats. No other line meets it."""
-    a = start("A", backend.url(timeout=4), terminal=True)
-    a.sees("asking ", "1. started")  # Until the backend has answered.
-    a.sees(r"\d+ s remaining, heartbeats: 1", r"\d+ s remaining, heartbeats: [2-9]")
-    b = start("B", backend.url(timeout=4))
-    a.sees("B joined, members: A, B")
-    b.hit(signal.SIGTERM)
-    a.sees("B gone, members: A", "s remaining")
-    a.send("\x03")
-    a.ends(130)
-    shown = screen(a.transcript)
-    assert not re.search("remaining|asking", "".join(shown))
-    assert shown[-1] == f"A: 6. left {GROUP}"
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until a test sets clock.time."""
+    monkeypatch.setattr(script, "now", lambda: clock.time)
+    clock.time = 1000
+    return clock
 
 
-@pytest.mark.parametrize("columns", [8, 44])
-@on("files")
-def test_narrow_terminal(backend, start, columns):
-    """The status line never wraps, or it could not be erased."""
-    name = "x" * 100
-    run(name, GROUP, backend.url(), "--wait", "0")  # Now the group exists.
-    size = {"terminal": True, "dimensions": (24, columns)}
-    a = start(name, backend.url(), "--wait", "1", **size)
-    a.ends(0)
-    shown = "".join("".join(screen(a.transcript, columns)).split())
-    piped = run(name, GROUP, backend.url(), "--wait", "1").stdout
-    assert shown == "".join(piped.split())
+@pytest.fixture
+def member(tmp_path, clock):
+    """A member with a lease of 6 s; its heart does not beat by itself."""
+    member = coordination.get_coordinator(f"file://{tmp_path}?timeout=6", b"A")
+    member.start()
+    member.join_group_create(b"g")
+    member.lease = script.Lease(member)
+    polls = script.polls(member, b"g", b"A", {b"A"}, member.lease, math.inf)
+    # Three turns: the poll that is sent in the second one has been answered.
+    member.polls = lambda turns=3: [next(polls) for _ in range(turns)][-1]
+    yield member
+    member.stop()
+
+
+def test_safe_for_two_thirds(member, clock):
+    """It is safe to act for two thirds of a lease after a heartbeat, and not without one."""
+    assert member.polls() == ({b"A"}, False)
+    member.lease.heartbeat()
+    assert member.polls() == ({b"A"}, True)
+    clock.time = 1003.99
+    assert member.polls() == ({b"A"}, True)
+    clock.time = 1004.01
+    assert member.polls() == ({b"A"}, False)
+
+
+def test_safe_once_a_poll_is_answered(member, monkeypatch):
+    """A heartbeat proves nothing until a poll that is sent after it lists us."""
+    sleep = time.sleep
+    beat = member.lease.heartbeat
+    monkeypatch.setattr(time, "sleep", lambda seconds: [beat(), sleep(seconds)])
+    assert member.polls(1) == ({b"A"}, False)  # It was sent before.
+    assert member.polls(1) == ({b"A"}, True)
+
+
+def test_slow_heartbeat(member, clock, monkeypatch):
+    """It counts from before it was sent: the lease may have been renewed then."""
+    monkeypatch.setattr(os, "utime", lambda *_: setattr(clock, "time", 1003))
+    member.lease.heartbeat()
+    assert member.lease.safe_until == 1004
+
+
+def test_failed_heartbeat(member, clock, monkeypatch):
+    """It does not count."""
+    member.lease.heartbeat()
+    clock.time = 1001
+    monkeypatch.setattr(os, "utime", lambda path, _: os.stat(f"{path}/none"))
+    with pytest.raises(NotADirectoryError):
+        member.lease.heartbeat()
+    assert member.lease.safe_until == 1004
+
+
+def test_join_again(member, clock, tmp_path):
+    """Whoever was dropped joins again once a heartbeat has been sent, and not before."""
+    member.lease.heartbeat()
+    assert member.polls() == ({b"A"}, True)
+    next(tmp_path.glob("groups/*/*.raw")).unlink()
+    assert member.polls(9) == (set(), False)
+    clock.time = 1001
+    member.lease.heartbeat()
+    assert member.polls(6) == ({b"A"}, True)
+
+
+# --- Texts and arguments, in one process ---
+
+
+def test_root_cause():
+    """The first cause is told, in short."""
+    error = coordination.ToozConnectionError("long")
+    error.__cause__ = ConnectionRefusedError(111, "refused")
+    assert script.root_cause(error) == "ConnectionRefusedError: [Errno 111] refused"
+    assert script.root_cause(TimeoutError()) == "TimeoutError: no answer"
+    assert len(script.root_cause(ValueError("x" * 999))) < 220
+
+
+def test_listing():
+    """Names are sorted, whatever they are."""
+    assert script.listing({b"B", "A", b"\xff"}) == "members: A, B, \udcff"
+    assert script.listing(set()) == "members: (none)"
+
+
+@pytest.mark.parametrize(
+    "part", ["://me:s3cr3t@h", "://:s3cr3t@s3cr3t@h", "?password=s3cr3t&"]
+)
+def test_passwords_are_never_shown(part):
+    """They are masked in all that is printed, the status line included."""
+    shown = script.printable(f"cannot use redis{part}: \x1b[31m\u20ac")
+    assert "s3cr3t" not in shown and "***" in shown
+    assert shown.endswith(r": \x1b[31m\u20ac")
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """Return what arguments() makes of parsed(argument, …)."""
+
+    def parsed(*arguments):
+        monkeypatch.setattr(sys, "argv", [SCRIPT.name, *arguments])
+        return script.arguments()
+
+    return parsed
+
+
+ACCEPTED = """etcd3+http://localhost etcd3+https://h:2379?ca_cert=/x/y memcached://[::1]:11211
+    memcached://me:p%2Fw@h memcached://h/ zookeeper://h1:2181,h2:2181 redis://h?db=1
+    file:///tmp/x FILE:///x?timeout=5 etcd3+http://h?timeout=3&membership_timeout=15"""
+
+
+def test_accepted(parsed):
+    """URLs of all drivers, the longest names, an option anywhere, and an endless wait."""
+    for url in ACCEPTED.split():
+        assert parsed("A", "g", url) == (url, b"A", b"g", 60)
+    name = "Az09._-" + "c" * 93
+    args = parsed(name, "--wait", "inf", name, "file:///x")
+    assert args == ("file:///x", name.encode(), name.encode(), math.inf)
 
 
 NAME = "use 1 to 100 of A-Z a-z 0-9 . _ -"
-WAIT = "use a number, 0 or more"
-URL = "use DRIVER://HOST[:PORT] or file:///PATH, no port or timeout below 1, and no #"
-URLS = """localhost etcd3+http:10.0.0.5 etcd3+http://:2379 memcached:///127.0.0.1:11999
-    etcd3+http://localhost:abc memcached://h:0 memcached://h:-1 etcd3+http://[::1
-    zookeeper://h1:2181,:2182 file://relative/path file:/path file:///?timeout=5 file:///c#1
-    file:///x?timeout=0 etcd3+http://h?timeout=-5 memcached://h?membership_timeout=0&x=1"""
+URL = "url: DRIVER://HOST[:PORT] or file:///PATH, no #, no timeout=0"
+REFUSED = """localhost localhost:11211 etcd3+http:10.0.0.5 etcd3+http://:2379 etcd3+http://
+    memcached:///127.0.0.1:11999 memcached://me:s3cr3t@ file://relative/path file:///
+    file:///?timeout=5 file:///c#1 memcached://h#1 memcached://h/one etcd3+http://h/one
+    redis://h/1 zookeeper://h/prod memcached://me:s3cr3t/x@h memcached://me:s3cr3t?x@h
+    memcached://h?timeout=%30 file:///x?timeout=0 etcd3+http://h?timeout=-5
+    etcd3+http://h?x=1&lock_timeout=0"""
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([bad, "g"], NAME) for bad in ("", "a/b", "a b", "a\n", "é", "x" * 101, "A?")]
-    + [(["c", "a/b"], NAME)]
-    + [(["c", "g", "--wait", bad], WAIT) for bad in ("-1", "nan", "x", "")]
-    + [(["c", "g", bad], URL) for bad in URLS.split()],
+    [([bad, "g"], f"{bad!a}: {NAME}") for bad in ("", "a/b", "a\n", "é", "x" * 101)]
+    + [(["c", "a b"], f"'a b': {NAME}")]
+    + [(["c", "g", "--wait", bad], "use a number, 0 or more") for bad in ("-1", "nan")]
+    + [
+        (["c", "g", "--wait", bad], f"invalid float value: '{bad}'")
+        for bad in ("x", "")
+    ]
+    + [(["c", "g", bad], URL) for bad in REFUSED.split()],
 )
-def test_wrong_arguments(arguments, message, monkeypatch):
-    """One line quotes the value and says what is wanted, and the status is 2."""
-    done = run(*arguments)
-    bad = next(one for one in reversed(arguments) if one != "g")
-    # A URL may have a password, so it is not quoted.
-    quoted = "" if "://" in bad else f"{bad!a}: "
-    assert f": {quoted}{message}" in done.stderr.splitlines()[-1]
-    assert (done.stdout, done.returncode) == ("", 2)
-    if len(arguments) == 3:  # The environment's URL is held to the same.
-        monkeypatch.setenv("TOOZ_BACKEND_URL", arguments[2])
-        assert run("c", "g").stderr == done.stderr
+def test_refused(parsed, capsys, arguments, message):
+    """The last line says what is wanted, without a password, and the status is 2."""
+    with pytest.raises(SystemExit, match="2"):
+        parsed(*arguments)
+    shown = capsys.readouterr()
+    assert shown.err.endswith(f"{message}\n")
+    assert "s3cr3t" not in shown.err + shown.out
+
+
+# --- As a process ---
 
 
 def test_help():
@@ -98,74 +181,6 @@ def test_help():
     shown = run("--help").stdout
     assert max(map(len, shown.splitlines())) < 80
     assert "How do my nodes know who is alive?" in shown
-
-
-@on("files")
-def test_name_of_another(backend, member, monkeypatch):
-    """Other programs may join under any name: it is shown in ASCII, and does no harm."""
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    a = member("A", backend.url(), "--wait", "inf")
-    name = b"\x1b[31m\ny\xff"
-    other = coordination.get_coordinator(backend.url(), name, executor="sync")
-    other.start()
-    other.join_group(GROUP.encode()).get()
-    shown = r"\\x1b\[31m\\ny\\udcff"
-    a.sees(f"A: {CLOCK} {shown} joined, members: {shown}, A\n")
-    other.stop()
-    a.sees(f"A: {CLOCK} {shown} gone, members: A\n")
-
-
-@pytest.mark.parametrize(
-    ("backend", "url", "cause"),
-    [
-        ("files", "etcd3+http://localhost:1", "ConnectionRefusedError: .* refused"),
-        ("files", "etcd3+http://127.0.0.1:SILENT?timeout=1", "imeout.*: timed out"),
-        ("files", "memcached://127.0.0.1:SILENT?timeout=1", "imeout.*: timed out"),
-        ("files", "etcd3+http://nosuch.invalid", "gaierror: "),
-        ("files", "etcd4://localhost", "NoMatches: No .* driver found.* 'etcd4'"),
-        ("files", "redis://h?socket_timeout=0.5", "ModuleNotFoundError: .*'redis'"),
-        ("files", "file:///dev/null/x", "NotADirectoryError: .*/dev/null/x"),
-        ("etcd", "memcached://127.0.0.1:PORT", "MemcacheUnexpected|Broken|Reset"),
-        ("etcd", "etcd3+http://127.0.0.1:PORT?api_version=v9", ": 404 page not found"),
-        ("files", "file:///tmp/x?timeout=1.5", "ValueError: .*'1.5'"),
-        ("memcached", "etcd3+http://127.0.0.1:PORT", "RemoteDisconnected: "),
-    ],
-    indirect=["backend"],
-)
-def test_cannot_start(backend, url, cause):
-    """One short message: the URL, the cause, what to type next. Exit status 1.
-
-    PORT is that of a server; with files there is none.
-    """
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = url.replace("SILENT", str(silent.getsockname()[1]))
-        url = url.replace("PORT", str(backend.port))
-        done = run("A", GROUP, url)
-    first, hint = done.stderr.splitlines()
-    assert re.fullmatch(f"A: cannot use {re.escape(url)}: .*({cause}).*", first)
-    assert re.fullmatch(
-        "A: check the URL .*file:///tmp/tooz.* runs there, and NO_PROXY", hint
-    )
-    assert "2. " not in done.stdout
-    assert done.returncode == 1
-
-
-@pytest.mark.parametrize(
-    ("url", "status"),
-    [
-        ("memcached://me:s3cr3t@127.0.0.1:1", 1),
-        ("redis://:s3cr3t@localhost", 1),
-        ("memcached://127.0.0.1:1?ssl_key_password=s3cr3t", 1),
-        ("etcd3+http://me:s3cr3t/s3cr3t@127.0.0.1:1", 2),
-        ("etcd3+http://me:s3cr3t@127.0.0.1:x", 2),
-    ],
-)
-def test_passwords_are_never_shown(url, status):
-    """Neither those of a URL that works nor those of one that is refused."""
-    done = run("A", "g", url)
-    assert "s3cr3t" not in done.stdout + done.stderr
-    assert done.returncode == status
-    assert ("***" in done.stderr) == (status == 1)
 
 
 def test_missing_packages():
@@ -181,3 +196,78 @@ def test_dependencies():
     """For `uv run`, the script names the same packages."""
     required = (ROOT / "requirements.txt").read_text().split()
     assert f"# dependencies = {json.dumps(required)}\n# ///\n" in SCRIPT.read_text()
+
+
+@on(*BACKENDS)
+def test_six_steps(backend):
+    """stdout has the lesson, in the lesson's order; stderr has nothing."""
+    url = backend.url(timeout=5)
+    done = run("A", GROUP, "--wait", "2", url)
+    assert re.sub(f"(?m)^{CLOCK} ", "", done.stdout).splitlines() == [
+        f"1. started a coordinator on {url}",
+        f"2. created {GROUP}",
+        f"3. joined {GROUP}",
+        "4. members: A",
+        "5. watching for 2 s",
+        "start acting as a member, with a lease of 5 s",
+        f"6. leaving {GROUP}",
+        f"6. left {GROUP}",
+    ]
+    assert (done.stderr, done.returncode) == ("", 0)
+
+
+@on(*BACKENDS)
+def test_status_line(backend, start):
+    """It falls, is restored, and meets no other line, even in a terminal of 20 columns."""
+    a = start("A", backend.url(timeout=4), terminal=True, dimensions=(24, 20))
+    a.sees("asking ", "1. started")  # Until the backend has answered.
+    a.sees(*[rf"\d+ s remaining, safe to act for {one}\.\d s" for one in (2, 1, 2)])
+    b = start("B", backend.url(timeout=4), until="4. members")
+    a.sees("B joined, members: A, B")
+    b.hit(signal.SIGTERM)
+    a.sees("B gone, members: A", "s remaining")
+    a.hit(signal.SIGINT)
+    a.ends(-signal.SIGINT)
+    shown = pyte.Screen(20, 300)
+    pyte.Stream(shown).feed(a.transcript.replace("\n", "\r\n"))
+    shown = "".join("".join(shown.display).split())
+    assert not re.search("remaining|asking|safe", shown)
+    assert shown.endswith(f"6.left{GROUP}")
+
+
+@pytest.mark.parametrize(
+    ("backend", "url", "cause"),
+    [
+        ("files", "etcd3+http://localhost:1", "ConnectionRefusedError: .* refused"),
+        ("files", "etcd3+http://127.0.0.1:SILENT?timeout=1", "imeout.*: timed out"),
+        ("files", "memcached://127.0.0.1:SILENT?timeout=1", "imeout.*: timed out"),
+        ("files", "etcd4://localhost", "NoMatches: No .* driver found.* 'etcd4'"),
+        ("files", "file:///dev/null/x", "NotADirectoryError: .*/dev/null/x"),
+        ("etcd", "memcached://127.0.0.1:PORT", "MemcacheUnexpected|Broken|Reset"),
+        ("etcd", "etcd3+http://127.0.0.1:PORT?api_version=v9", ": 404 page not found"),
+        ("files", "memcached://h:abc", "ValueError: .*'abc'"),
+        ("memcached", "etcd3+http://127.0.0.1:PORT", "RemoteDisconnected: "),
+    ],
+    indirect=["backend"],
+)
+def test_cannot_start(backend, url, cause):
+    """The cause, and what to check or to type next. Exit status 1. (PORT is a server's.)"""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = url.replace("SILENT", str(silent.getsockname()[1]))
+        url = url.replace("PORT", str(backend.port))
+        done = run("A", GROUP, url)
+    first, hint = done.stderr.splitlines()
+    assert re.fullmatch(f"{CLOCK} backend error: .*({cause}).*", first)
+    assert hint[9:].startswith(f"check {url} and NO_PROXY, start the backend, or use ")
+    assert ("2. " in done.stdout, done.returncode) == (False, 1)
+
+
+@pytest.mark.parametrize("line", ["members = coordinator", "for who in sorted"])
+@on("memcached")
+def test_mistake_of_a_learner(backend, start, tmp_path, line):
+    """A name misspelt in step 4 or 5 is a traceback; what was joined is left all the same."""
+    typo = broken(tmp_path, line, f"{line.rpartition(' ')[0]} typo")
+    a = start("A", backend.url(), script=typo)
+    a.sees("6. left", "Traceback", "NameError: name 'typo.*' is not defined")
+    a.ends(1, traceback=True)
+    start("B", backend.url(), until="4. members: B\n")
