@@ -62,15 +62,6 @@ def command(*arguments, script=SCRIPT):
     return [sys.executable, str(script), *map(str, arguments)]
 
 
-def broken(folder, line, other):
-    """Return a copy of the script with another line, or a part of one, in its place."""
-    text = SCRIPT.read_text()
-    assert text.count(line) == 1
-    copy = folder / SCRIPT.name
-    copy.write_text(text.replace(line, other))
-    return copy
-
-
 def run(*arguments):
     """Run the script to its end; return its CompletedProcess, with text in it."""
     options = {"capture_output": True, "text": True, "timeout": 2 * LIMIT}
@@ -143,9 +134,8 @@ def start(programs):
     """Start the script with start(name, url, …), and wait for a pattern, if not None."""
 
     def client(name, *arguments, until=None, under=(), script=SCRIPT, **options):
-        one = programs(
-            *under, *command(name, GROUP, *arguments, script=script), **options
-        )
+        words = command(name, GROUP, *arguments, script=script)
+        one = programs(*under, *words, **options)
         one.sees(*[until] if until else [])
         return one
 
@@ -177,14 +167,9 @@ class Backend:
 
     def lock(self):
         """Return a lock of the clients: one that is suspended with it stops the others."""
-        return contextlib.nullcontext()
-
-    def gateway(self):
-        """Return this backend as it is reached through a gateway: a connection to cut."""
-        port = free_port()
-        ends = f"--listen-addr 127.0.0.1:{port} --endpoints 127.0.0.1:{self.port}"
-        url = self.base.replace(str(self.port), str(port))
-        return Backend(url, f"etcd gateway start {ends}")
+        if self.server:
+            return contextlib.nullcontext()
+        return fasteners.InterProcessLock(self.folder / ".driver_lock")
 
     def pause(self):
         suspend(self.server.process)
@@ -193,33 +178,27 @@ class Backend:
         os.killpg(self.server.process.pid, signal.SIGCONT)
 
 
-class Etcd(Backend):
-    def __init__(self, folder):
-        url, peer = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
-        command = (
-            f"etcd --data-dir {folder}/etcd --initial-cluster default={peer}"
-            f" --listen-client-urls {url} --advertise-client-urls {url}"
-            f" --listen-peer-urls {peer} --initial-advertise-peer-urls {peer}"
-        )
-        super().__init__(f"etcd3+{url}", command, folder / "etcd")
+def etcd(folder):
+    url, peer = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
+    command = (
+        f"etcd --data-dir {folder}/etcd --initial-cluster default={peer}"
+        f" --listen-client-urls {url} --advertise-client-urls {url}"
+        f" --listen-peer-urls {peer} --initial-advertise-peer-urls {peer}"
+    )
+    return Backend(f"etcd3+{url}", command, folder / "etcd")
 
 
-class Memcached(Backend):
-    def __init__(self, folder):
-        port = free_port()
-        command = f"memcached -u nobody -l 127.0.0.1 -p {port}"
-        super().__init__(f"memcached://127.0.0.1:{port}", command)
+def memcached(_):
+    port = free_port()
+    command = f"memcached -u nobody -l 127.0.0.1 -p {port}"
+    return Backend(f"memcached://127.0.0.1:{port}", command)
 
 
-class Files(Backend):
-    def __init__(self, folder):
-        super().__init__(f"file://{folder}/tooz", folder=folder / "tooz")
-
-    def lock(self):
-        return fasteners.InterProcessLock(self.folder / ".driver_lock")
+def files(folder):
+    return Backend(f"file://{folder}/tooz", folder=folder / "tooz")
 
 
-BACKENDS = {"etcd": Etcd, "memcached": Memcached, "files": Files}
+BACKENDS = {"etcd": etcd, "memcached": memcached, "files": files}
 
 
 def on(*names):

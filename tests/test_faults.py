@@ -1,8 +1,4 @@
-"""What can go wrong, and what the page promises of it, on real servers.
-
-Each test names its backends: all on which it can happen. A lease is 5 s where a test waits
-for its end: short enough to wait, long enough for a busy machine.
-"""
+"""What can go wrong, and what the page promises of it, on real servers."""
 
 import contextlib
 import shutil
@@ -14,7 +10,9 @@ from conftest import (
     BACKENDS,
     CLOCK,
     GROUP,
+    Backend,
     command,
+    free_port,
     on,
     run,
     suspend,
@@ -22,7 +20,7 @@ from conftest import (
 )
 from tooz import coordination
 
-LEASE = 5
+LEASE = 5  # Seconds: short enough to wait for, long enough for a busy machine.
 OUTAGE = "backend error: [A-Z][^\r\n]*: [^\r\n]*\n"
 STARTS = "start acting as a member, with a lease of"
 STOPS = "stop acting as a member: we may have been dropped\n"
@@ -40,10 +38,7 @@ def pair(start, url):
 
 
 def all_is_well(start, url, a, b):
-    """Prove it, and return what A and B have said until then.
-
-    A third client joins: all three must show all three. Then A and B leave.
-    """
+    """Join with C, which all see, let A and B leave, and return what both have said."""
     c = start("C", url, until="members: A, B, C\n")
     for client in a, b:
         client.sees("members: A, B, C\n")
@@ -54,9 +49,6 @@ def all_is_well(start, url, a, b):
         client.ends(-signal.SIGINT)
         c.sees(gone)
     return said
-
-
-# --- Clients ---
 
 
 @on(*BACKENDS)
@@ -102,7 +94,10 @@ def test_suspended(backend, start):
 @on("etcd", "memcached")
 def test_cut(backend, programs):
     """Cut off, B stops acting before A says that it is gone. Both use one terminal here."""
-    gateway = backend.gateway()
+    port = free_port()
+    ends = f"--listen-addr 127.0.0.1:{port} --endpoints 127.0.0.1:{backend.port}"
+    url = backend.base.replace(str(backend.port), str(port))
+    gateway = Backend(url, f"etcd gateway start {ends}")
     urls = zip("AB", (backend.url(LEASE), gateway.url(LEASE)))
     clients = [" ".join(command(name, GROUP, f"'{url}'")) for name, url in urls]
     with gateway.server:
@@ -147,9 +142,6 @@ def test_damaged_entry(backend, start, content):
     start("A", url, until="4. members").hit(signal.SIGKILL)
     next(backend.folder.glob("groups/*/*.raw")).write_bytes(content)
     wait_until(lambda: run("A", GROUP, url, "--wait", "0").returncode == 0)
-
-
-# --- The backend ---
 
 
 @pytest.mark.parametrize(
@@ -217,56 +209,28 @@ def test_deleted(backend, start):
         assert len(said.splitlines()) <= 16
 
 
-# --- Signals ---
-
-
-def leaving(start, backend, number):
-    """Return a client that leaves after that signal, while the backend hangs."""
+@pytest.mark.parametrize("second_press", [False, True])
+@on("memcached")
+def test_ctrl_c_twice(backend, start, second_press):
+    """One press that arrives twice, as through `timeout`, leaves. A second press kills."""
     a = start("A", backend.url(), until=STARTS)
     backend.pause()
-    a.hit(number)
+    a.hit(signal.SIGINT)
     begun = time.monotonic()
+    if not second_press:
+        time.sleep(0.02)  # Two signals, and not one that is still pending.
+        a.hit(signal.SIGINT)
     a.sees(LEFT[0])
     # After one turn of the loop, and not when the poll that hangs gives up, after 30 s.
     assert time.monotonic() - begun < 5
-    return a
-
-
-@on("memcached")
-def test_second_ctrl_c(backend, start):
-    """It kills at once."""
-    a = leaving(start, backend, signal.SIGINT)
-    time.sleep(1)  # So that it is the next one, and not the same one twice.
-    a.hit(signal.SIGINT)
+    if second_press:
+        time.sleep(1)
+        a.hit(signal.SIGINT)
+    else:
+        backend.resume()
+        a.sees(LEFT[1])
     a.ends(-signal.SIGINT)
     assert "error" not in a.transcript
-
-
-@on("files")
-def test_one_ctrl_c_that_arrives_twice(backend, start):
-    """The terminal sends it, and `timeout` or `uv` passes it on: it leaves all the same."""
-    a = start("A", backend.url(), until=STARTS)
-    with backend.lock():
-        a.hit(signal.SIGINT)
-        time.sleep(0.02)  # Two signals, and not one that is still pending.
-        a.hit(signal.SIGINT)
-        a.sees(LEFT[0])
-    a.sees(LEFT[1])
-    a.ends(-signal.SIGINT)
-
-
-@on("files")
-def test_ignored_signal(backend, start):
-    """A Ctrl-C that is ignored stays ignored, also after another signal was caught."""
-    ignoring = ["bash", "-c", 'trap "" INT; exec "$@"', "-"]
-    a = start("A", backend.url(), until=STARTS, under=ignoring)
-    a.hit(signal.SIGINT)
-    with backend.lock():  # The leave has to wait for it.
-        a.hit(signal.SIGTERM)
-        a.sees(LEFT[0])
-        a.hit(signal.SIGINT)
-    a.sees(LEFT[1])
-    a.ends(-signal.SIGTERM)
 
 
 @on("files")
