@@ -64,8 +64,9 @@ def join_and_watch(url, me, group, seconds):
     Tooz and its driver raise, such as MemberAlreadyExist if the group has our name.
     """
     # 1. The coordinator is our connection to the backend. Its heart is a thread that
-    #    sends heartbeats; a member that sends none for a whole lease is dropped. To
-    #    know when the last one was sent, we put a Lease between heart and coordinator.
+    #    sends heartbeats; a member that sends none for a whole lease is dropped. The
+    #    lesson needs no more than start(). But step 5 has to know when the last one was
+    #    sent, so we put a Lease between the heart and the coordinator.
     coordinator = coordination.get_coordinator(url, me)
     lease = Lease(coordinator)
     coordinator.heart = coordination.Heart(lease)
@@ -156,11 +157,12 @@ def polls(coordinator, group, me, members, lease, seconds):
         if poll is None:
             renewed_until = lease.safe_until
             if me not in members and renewed_until > safe_until and not outage:
-                # We were dropped, or the group was. We join again once a heartbeat has
-                # been sent: before, etcd has no lease for us, and memcached's others
-                # would drop us again. The next poll tells whether it has worked.
+                # We were dropped. After each heartbeat we try to join again: before one,
+                # etcd has no lease for us, and memcached's others would drop us. The
+                # next poll tells whether it has worked.
                 coordinator.create_group(group)
                 coordinator.join_group(group)
+                safe_until = renewed_until
             poll = coordinator.get_members(group)
         time.sleep(min(remaining, POLL_EVERY))
         if poll.done():
@@ -260,9 +262,8 @@ def arguments():
     # Tooz takes localhost if there is no host, and says nothing if it ignores a server's
     # path. With a timeout of 0, memcached keeps a member for ever.
     place = args.url.partition("://")[2].partition("?")[0]
-    is_file = args.url.lower().startswith("file:")
-    fits = re.fullmatch("/.+" if is_file else "([^/]*@)?[^/:@][^/@]*/?", place)
-    if not fits or re.search(r"#|timeout=(?![1-9])|\?.*@", args.url):
+    form = "/.+" if args.url.lower().startswith("file:") else "([^/]*@)?[^/:@][^/@]*/?"
+    if not re.fullmatch(form, place) or re.search(r"#|timeout=[^1-9]|\?.*@", args.url):
         parser.error("url: DRIVER://HOST[:PORT] or file:///PATH, no #, no timeout=0")
     return args.url, args.client, args.group, args.wait
 

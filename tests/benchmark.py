@@ -1,249 +1,149 @@
 """Measure what the script costs: `tests/run benchmark` prints the README's figures.
 
-It measures one backend after the other, each on a server of its own, takes about ten
-minutes, and wants the machine to itself. Two rows try what a test on a busy machine cannot
-aim at: a signal at any moment. If the script does not keep what it promises, as below, that
-is said after the table, and the exit status is 1.
+It takes about ten minutes, and wants the machine to itself. The last two rows are tests
+that need as much time. If a limit is not kept, that is said, and the exit status is 1.
+Each row is a function, which returns its text, and whether it keeps its limit.
 """
 
-import concurrent.futures
-import contextlib
-import datetime
-import functools
-import itertools
 import os
 import pathlib
-import platform
 import random
 import re
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from subprocess import PIPE, Popen
 
-import pexpect
 import psutil
 from conftest import BACKENDS, README, Program, command
 from tooz import coordination
 
-# What the script promises, besides that no signal does harm.
-START = 1.10  # times the shortest script's start, at most
+START = 1.10  # times the start of the README's lesson, at most
 SHOWN = 0.3  # seconds until a join or a leave shows, at most: the 95th percentile
-WAITING = 1  # % of a core, in a group of two: not reached
-RUNS = 40  # pairs of the script and the shortest script: fewer are too noisy
-SIZE = 10  # members of the group in which joins and leaves show
-CHANGES = 40  # joins, and as many leaves
-CRASHES = 8
-LEASE = 5  # seconds, for the crashes
-MOMENTS = 40  # from the start on, and each of the signals at each of them
-
-# The README's 21 lines are the shortest script. It takes NAME GROUP URL SECONDS.
-SHORTEST = re.search(r"```python\n(import sys\n.*?)```", README, re.DOTALL).group(1)
+WAITING = 1.5  # % of a core, at most, in a group of two
+LEASE = 5  # seconds, for the crashes; 900 where no lease may expire
+LESSON = re.search(r"```python\n(import sys\n.*?)```", README, re.DOTALL).group(1)
 
 
-def quantiles(values):
-    """Return the median and the 95th percentile."""
-    top = statistics.quantiles(values, n=20, method="inclusive")[-1]
-    return statistics.median(values), top
-
-
-@contextlib.contextmanager
-def members(url, group, count):
-    """Keep `count` members in the group, without heartbeats: their leases are long."""
-    them = []
-    for number in range(count):
-        # On memcached, whoever stops could remove a later member with the same name.
-        name = f"{group}-{number}".encode()
-        them.append(coordination.get_coordinator(url, name, executor="sync"))
-        them[-1].start()
-        them[-1].join_group_create(group.encode())
-    yield them
-    for one in them:
-        one.leave_group(group.encode()).get()
-        one.stop()
-
-
-def program(*arguments):
-    """Run the script as a process; kill it if it does not end before."""
-    return contextlib.closing(Program(*command(*arguments, "--wait", "900")))
-
-
-@contextlib.contextmanager
 def client(*arguments):
-    """Run the script until it has shown its first list; then leave by Ctrl-C."""
-    with program(*arguments) as one:
-        one.sees("4. members: .*\n")
-        yield one
-        one.hit(signal.SIGINT)
-        one.ends(130)
+    """Return the script as a process, once it acts as a member."""
+    one = Program(*command(*arguments, "--wait", "900"))
+    one.sees("start acting")
+    return one
 
 
-# --- Rows: each returns its cell, and what is wrong with it: mostly nothing ---
+def member(url, group):
+    """Return the coordinator of another member. It sends no heartbeats."""
+    other = coordination.get_coordinator(url, b"other")
+    other.start()
+    other.join_group_create(group.encode())
+    return other
 
 
-def start_up(server):
-    """Return how long the first list takes, and the ratio to the shortest script."""
-    url, ours, shortest = server.url(), [], []
-    for number in range(RUNS):
-        # Each is killed once it has shown its list, so each has a group of its own.
-        script = command("A", f"ours{number}", url, "--wait", "0")
-        lesson = [sys.executable, "-c", SHORTEST, "A", f"shortest{number}", url, "0"]
-        for times, words in (ours, script), (shortest, lesson):
+def start(url):
+    """start to first list, and ratio to the lesson"""
+    ours, lessons = [], []
+    for number in range(40):
+        # Each is killed, so each has a group of its own: its name is free there.
+        script = command("A", f"ours{number}", url())
+        lesson = [sys.executable, "-c", LESSON, "A", f"lesson{number}", url(), "0"]
+        for times, words in (ours, script), (lessons, lesson):
             begun = time.perf_counter()
-            with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+            with Popen(words, stdout=PIPE) as process:
                 next(line for line in process.stdout if b"members: " in line)
                 times.append(time.perf_counter() - begun)
                 process.kill()
-    ratio = statistics.median(a / b for a, b in zip(ours, shortest))
-    wrong = f"more than {START} x" if ratio > START else ""
-    return f"{statistics.median(ours):.2f} s, {ratio:.2f} x", wrong
+    ratio = statistics.median(a / b for a, b in zip(ours, lessons))
+    return f"{statistics.median(ours):.2f} s, {ratio:.2f} x", ratio <= START
 
 
-def changes(server):
-    """Return how soon a join or a leave shows on another terminal."""
-    url, times = server.url(timeout=900), []
-    with (
-        members(url, "changes", SIZE - 2),
-        client("watcher", "changes", url) as watcher,
-    ):
-        other = coordination.get_coordinator(url, b"other")
-        other.start()
-        acts = [("joined", other.join_group), ("gone", other.leave_group)]
-        for what, act in acts * CHANGES:
+def changes(url):
+    """a join or a leave shows"""
+    other, times = member(url(900), "changes"), []
+    acts = {"gone": other.leave_group, "joined": other.join_group}
+    with client("A", "changes", url(900)) as watcher:
+        for what in ["gone", "joined"] * 40:
             time.sleep(random.random() * SHOWN)  # Any moment between two polls.
-            act(b"changes").get()
+            acts[what](b"changes").get()
             begun = time.perf_counter()
             watcher.sees(f"other {what}")
             times.append(time.perf_counter() - begun)
-        other.stop()
-    median, top = quantiles(times)
-    wrong = f"more than {SHOWN} s" if top > SHOWN else ""
-    return f"{median:.2f} / {top:.2f} s", wrong
+    median, top = statistics.median(times), sorted(times)[76]
+    return f"{median:.2f} / {top:.2f} s", top <= SHOWN
 
 
-def crashes(server):
-    """Return how soon a crash shows on another terminal, in leases."""
-    url, times = server.url(timeout=LEASE), []
-    with client("watcher", "crashes", url) as watcher:
-        for number in range(CRASHES):
-            with program(f"victim{number}", "crashes", url) as victim:
-                victim.sees("4. members")
-                # Any moment between two heartbeats: there are two per lease.
-                time.sleep(LEASE / 2 * number / CRASHES)
+def crashes(url):
+    """a crash shows"""
+    leases = []
+    with client("A", "crashes", url(LEASE)) as watcher:
+        for number in range(8):
+            with client(f"B{number}", "crashes", url(LEASE)) as victim:
+                time.sleep(LEASE * random.random())  # It sends about two heartbeats.
                 victim.hit(signal.SIGKILL)
                 begun = time.perf_counter()
-                watcher.sees(f"victim{number} gone")
-                times.append((time.perf_counter() - begun) / LEASE)
-    return "{:.1f} / {:.1f} leases".format(*quantiles(times)), ""
+                watcher.sees(f"B{number} gone")
+                leases.append((time.perf_counter() - begun) / LEASE)
+    return f"{statistics.median(leases):.1f} / {max(leases):.1f} leases", True
 
 
-def waiting(server):
-    """Return what waiting costs in a group of two: of one core, and in memory."""
-    url = server.url(timeout=900)
-    with members(url, "waiting", 1), client("watcher", "waiting", url) as watcher:
+def waiting(url):
+    """waiting: CPU, memory"""
+    member(url(900), "waiting")
+    with client("A", "waiting", url(900)) as watcher:
         process = psutil.Process(watcher.pid)
         used = process.cpu_percent(10)  # It waits for so many seconds.
         memory = process.memory_info().rss / 2**20
-    wrong = f"not below {WAITING} %" if used >= WAITING else ""
-    return f"{used:.1f} %, {memory:.0f} MiB", wrong
+    return f"{used:.1f} %, {memory:.0f} MiB", used <= WAITING
 
 
-def complaint(one, *statuses):
-    """Wait for the end after a signal; return what is wrong with it, or nothing."""
-    try:
-        one.ends(*statuses)
-    except (AssertionError, pexpect.TIMEOUT) as error:
-        # Until main() has begun, Ctrl-C and its traceback are Python's affair.
-        text = one.transcript
-        begun = re.search(r'join_group.py", line \d+, in main', text)
-        early = "KeyboardInterrupt" in text and not begun
-        return "" if early else f"{error}"
-    return ""
-
-
-def any_moment(server, taken=False):
-    """Send SIGINT and SIGTERM at any moment; return how many ended as they should.
-
-    The clients have names of their own, or, if `taken`, the name of a member. Afterwards
-    that member is the only one.
-    """
-    url, group, ends = server.url(timeout=900), f"taken-{taken}", {}
-    with (
-        members(url, group, 1) as (other,),
-        contextlib.ExitStack() as stack,
-        concurrent.futures.ThreadPoolExecutor(2 * MOMENTS) as threads,
-    ):
-        begun = time.perf_counter()
-        with client("first", group, url):
-            last = time.perf_counter() - begun + 0.5
-        moments = [last * moment / (MOMENTS - 1) for moment in range(MOMENTS)]
-        for after, number in itertools.product(
-            moments, (signal.SIGINT, signal.SIGTERM)
-        ):
-            # No name comes twice: on memcached, another client with the same name would,
-            # when it stops, hide a member that was left behind.
-            key, begun = f"{number.name}.{after:.3f}", time.perf_counter()
-            name = f"{group}-0" if taken else key
-            one = stack.enter_context(program(name, group, url))
-            time.sleep(max(0, begun + after - time.perf_counter()))
+def any_moment(url, name=None):
+    """a signal at any moment leaves nothing behind"""
+    group, hit, bad = f"moments-{name}", [], []
+    other = member(url(900), group)
+    for moment in range(40):
+        for number in signal.SIGINT, signal.SIGTERM:
+            one = Program(*command(name or f"{number.name}{moment}", group, url(900)))
+            time.sleep(moment / 40)  # In a second, it is a member for a while.
             one.hit(number)
-            # To leave is to wait, for up to a second: the next one starts meanwhile.
-            fine = [128 + number, -number] + [1] * taken
-            ends[key] = threads.submit(complaint, one, *fine)
-        bad = {name: end.result() for name, end in ends.items() if end.result()}
-        # Whoever was left behind stays for the whole lease: all of them are still there.
-        listed = other.get_members(group.encode()).get()
-        if listed != {f"{group}-0".encode()}:
-            bad["members"] = f"{listed}"
-    text = f"{len(ends.keys() - bad)} of {len(ends)}"
-    return text, "; ".join(": ".join(item) for item in bad.items())
+            hit.append((one, number))
+    for one, number in hit:
+        try:
+            one.ends(-number, 1 if name else -number)  # A taken name may be refused.
+        except AssertionError:
+            # Until main() begins, KeyboardInterrupt is Python's affair.
+            text = one.transcript
+            if "KeyboardInterrupt" not in text or ", in main" in text:
+                bad.append(text)
+    # Whoever was left behind is listed for the whole lease.
+    bad += other.get_members(group.encode()).get() - {b"other"}
+    print(*bad, sep="\n", end="", file=sys.stderr)
+    return f"{len(hit) - len(bad)} of {len(hit)}", not bad
 
 
-# --- The table ---
-
-ROWS = {
-    "start to first list, and ratio to the 21 lines": start_up,
-    "a join or a leave shows": changes,
-    "a crash shows": crashes,
-    "waiting: CPU, memory": waiting,
-    "a signal at any moment leaves nothing behind": any_moment,
-    "the same, with a name that is taken": functools.partial(any_moment, taken=True),
-}
-
-
-def version(server):
-    """Return the version that a server's command prints: only the number."""
-    return re.search(r"\d[\d.]+", os.popen(f"{server} --version").read()).group()
+def taken(url):
+    """the same, with a name that is taken"""
+    return any_moment(url, "other")
 
 
 def main():
-    """Measure all, print the table for the README, and say what is wrong."""
-    rows, wrong = {what: [] for what in ROWS}, []
+    """Measure all, print the table, and say what is broken."""
+    broken = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, backend in BACKENDS.items():
-            server = backend(pathlib.Path(folder)).start()
-            try:
-                for what, measure in ROWS.items():
-                    print(f"{name}: {what}", file=sys.stderr)
-                    text, fault = measure(server)
-                    rows[what].append(text)
-                    if fault:
-                        wrong.append(f"{name}: {what}: {text}: {fault}")
-            finally:
-                server.kill()
-    print("| what | " + " | ".join(BACKENDS) + " |")
-    print("| --- " * (len(BACKENDS) + 1) + "|")
-    for what, texts in rows.items():
-        print(f"| {what} | " + " | ".join(texts) + " |")
-    print(
-        f"\n{datetime.date.today():%Y-%m-%d}, {platform.system()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}, etcd {version('etcd')}, "
-        f"memcached {version('memcached')}, median / 95th percentile"
-    )
-    if wrong:
-        sys.exit("\nNot as promised:\n" + "\n".join(wrong))
+        backends = [kind(pathlib.Path(folder)).start() for kind in BACKENDS.values()]
+        print("| what |", " | ".join(BACKENDS), "|")
+        print("| --- " * (len(BACKENDS) + 1) + "|")
+        for measure in start, changes, crashes, waiting, any_moment, taken:
+            cells = [measure(backend.url) for backend in backends]
+            print(f"| {measure.__doc__} |", " | ".join(text for text, _ in cells), "|")
+            broken += [f"{measure.__doc__}: {text}" for text, kept in cells if not kept]
+        for backend in backends:
+            backend.kill()
+    versions = os.popen("etcd --version | head -n 1; memcached --version").read()
+    print(os.uname().sysname, os.cpu_count(), "cores, Python", sys.version, versions)
+    if broken:
+        sys.exit("Not as promised:\n" + "\n".join(broken))
 
 
 if __name__ == "__main__":

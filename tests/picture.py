@@ -21,12 +21,14 @@ import pyte
 from conftest import ROOT, SCRIPT, wait_until
 
 PICTURE = pathlib.Path(__file__).with_suffix(".svg")
+FOLDER = pathlib.Path("/tmp/tooz")
+A, B = "clientA", "clientB"
 COLUMNS = 58  # So that it can be read on a telephone, too.
-URL = "file:///tmp/t?timeout=5"
-ROWS = {"A": 11, "B": 15}  # Just enough: nothing scrolls away.
-SHUTTER = 200  # ms from frame to frame, at least.
+ROWS = {A: 14, B: 23}  # Just enough: nothing scrolls away.
+# Only A has a status line: the shell's "Killed" would be written into B's.
+TERM = {A: "linux", B: "dumb"}
+SHUTTER = 400  # ms from frame to frame, at least.
 PAUSE = 5000  # ms for the last frame, before all begins again.
-DEEDS = {signal.SIGKILL: "kill -9", signal.SIGINT: "Ctrl-C: it leaves"}
 # The renderer puts the frames into a template. Its cells are 8 x 17.
 SIZE = COLUMNS, len(ROWS) + sum(ROWS.values())
 WIDTH, HEIGHT = 8 * SIZE[0], 17 * SIZE[1]
@@ -65,24 +67,24 @@ def play(start, wait=lambda seconds: None, effect=lambda seconds: None):
     conftest.py. The film waits now and then, so that one can follow, and tells the effect
     of each deed: how many seconds later A has seen it.
     """
-    a = start("A")
-    a.sees("4. members: .*\n")
+    a = start(A)
+    a.sees("start acting .*\n")
     wait(3)  # A's lease runs down, and a heartbeat renews it.
-    played = [a]
+    twice = []
     for number in signal.SIGINT, signal.SIGKILL:
-        b = start("B")
-        a.sees("B joined, members: .*\n")
-        b.sees("4. members: .*\n")
+        b = start(B)
+        a.sees(f"{B} joined, members: .*\n")
+        b.sees("start acting .*\n")
         wait(2)
         b.hit(number)
         hit = time.monotonic()
-        a.sees("B gone, members: .*\n")
+        a.sees(f"{B} gone, members: .*\n")
         effect(time.monotonic() - hit)
         if number == signal.SIGINT:
             b.sees("6. left .*\n")
-        played.append(b)
         wait(2)
-    return played
+        twice.append(b)
+    return [a, *twice]
 
 
 class Shell(pexpect.spawn):
@@ -90,31 +92,23 @@ class Shell(pexpect.spawn):
 
     def __init__(self, name, film):
         path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
-        plain = {"PATH": path, "PS1": "$ ", "TERM": "linux", "HISTFILE": ""}
-        super().__init__(
-            "sh",
-            cwd=ROOT,
-            dimensions=(ROWS[name], COLUMNS),
-            encoding="utf-8",
-            env={**os.environ, **plain},
-        )
-        self.name, self.film, self.transcript, self.seen = name, film, "", 0
-        self.title = name
+        plain = {"PATH": path, "PS1": "$ ", "TERM": TERM[name], "HISTFILE": ""}
+        size = {"dimensions": (ROWS[name], COLUMNS), "encoding": "utf-8"}
+        sh = "sh -c 'stty -echoctl; exec sh'"  # Ctrl-C is not to show as ^C.
+        super().__init__(sh, cwd=ROOT, env={**os.environ, **plain}, **size)
+        self.name, self.title, self.film = name, name, film
+        self.transcript, self.seen = "", 0
         self.screen = pyte.Screen(COLUMNS, ROWS[name])
         self.stream = pyte.Stream(self.screen)
 
-    def join(self):
-        """Type the command line of the script."""
-        self.say("joins")
-        self.sendline(f"python {SCRIPT.name} {self.name} g '{URL}'")
-
     def hit(self, number):
-        """Press Ctrl-C, or send another signal to the script."""
-        self.say(DEEDS[number])
+        """Press Ctrl-C, or kill the script."""
         if number == signal.SIGINT:
+            self.say("Ctrl-C: it leaves")
             self.sendintr()
         else:
-            psutil.Process(self.pid).children()[0].send_signal(number)
+            self.say("kill -9")
+            psutil.Process(self.pid).children()[0].kill()
 
     def say(self, deed):
         """Put it into the title, with the time."""
@@ -128,7 +122,7 @@ class Shell(pexpect.spawn):
         self.seen = pattern.search(self.transcript, self.seen).end()
 
     def rows(self):
-        """Return the title and the lines of the screen, each with its colours."""
+        """Read, and return the title and the lines of the screen, with their colours."""
         with contextlib.suppress(pexpect.TIMEOUT):
             output = self.read_nonblocking(65536, timeout=0)
             self.transcript += output
@@ -147,14 +141,18 @@ class Film:
         self.begun = time.monotonic()
 
     def start(self, name):
-        """Start a client."""
-        self.shells[name].join()
-        return self.shells[name]
+        """Type the command line of the script."""
+        shell = self.shells[name]
+        shell.sees(r"\$ ")
+        shell.say("joins")
+        url = f"file://{FOLDER}?timeout=5"
+        shell.sendline(f"python {SCRIPT.name} {name} group1 '{url}'")
+        return shell
 
     def effect(self, seconds):
         """Put into A's title that B is gone, and how much later."""
         later = f"{seconds:.0f} s later" if seconds >= 1 else "at once"
-        self.shells["A"].say(f"B gone, {later}")
+        self.shells[A].say(f"{B} gone, {later}")
 
     def wait(self, seconds):
         """Film for so many seconds."""
@@ -168,9 +166,9 @@ class Film:
     def shoot(self):
         """Take a frame, if it is time for one, and if there is something new."""
         now = int(1000 * (time.monotonic() - self.begun))
+        rows = [row for shell in self.shells.values() for row in shell.rows()]
         if self.frames and now < self.frames[-1][0] + SHUTTER:
             return
-        rows = [row for shell in self.shells.values() for row in shell.rows()]
         if not self.frames or rows != self.frames[-1][1]:
             self.frames.append((now, rows))
 
@@ -202,21 +200,23 @@ def story(path=PICTURE):
     last = root.find(".//*[@id='screen_view']")[-1].iterfind("{*}use")
     shown = ["".join(rows[one.get(HREF)].itertext()) for one in last]
     text = "".join(row if len(row) == COLUMNS else row + "\n" for row in shown)
-    return {name: re.findall(rf"(?m)^{name}: .*", text) for name in ROWS}
+    # Each screen begins with its title, and that with the name.
+    _, *screens = re.split(rf"(?m)^ (?:{A}|{B})", text)
+    lines = [re.findall(r"(?m)^\d\d:\d\d:\d\d .*", screen) for screen in screens]
+    return dict(zip(ROWS, lines))
 
 
 def main():
     """Play the scene, film it, and write the picture."""
     # Or the shells would ignore Ctrl-C, if we were started by a script's &.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    folder = pathlib.Path("/tmp/t")  # So short, as the URL is to fit into a line.
-    folder.mkdir()
+    FOLDER.mkdir()  # Nobody else's: we remove it.
     try:
         film = Film()
         play(film.start, film.wait, film.effect)
         film.wait(1)
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(FOLDER)
     film.write(PICTURE)
 
 
