@@ -50,7 +50,7 @@ try:
 except ImportError as missing:
     sys.exit(f"{missing}. Try .venv/bin/python, or: pip install -r requirements.txt")
 
-POLL_EVERY = 0.15  # Seconds. A service may poll less often, but well within its lease.
+POLL_EVERY = 0.125  # Seconds. A service may poll less often: ten times per lease.
 LIMIT = 10  # Seconds for a get(). In a crowd, joins on memcached take several.
 URL = os.getenv("TOOZ_BACKEND_URL") or "etcd3+http://localhost"
 NOT_A_MEMBER = coordination.MemberNotJoined, coordination.GroupNotCreated
@@ -64,9 +64,8 @@ def join_and_watch(url, me, group, seconds):
     Tooz and its driver raise, such as MemberAlreadyExist if the group has our name.
     """
     # 1. The coordinator is our connection to the backend. Its heart is a thread that
-    #    sends heartbeats; a member that sends none for a whole lease is dropped. The
-    #    lesson needs no more than start(). But step 5 has to know when the last one was
-    #    sent, so we put a Lease between the heart and the coordinator.
+    #    sends heartbeats; a member that sends none for a whole lease is dropped. Step 5
+    #    has to know when one was sent, so the heart beats through our Lease.
     coordinator = coordination.get_coordinator(url, me)
     lease = Lease(coordinator)
     coordinator.heart = coordination.Heart(lease)
@@ -93,8 +92,8 @@ def join_and_watch(url, me, group, seconds):
         say(f"4. {listing(members)}")
 
         # 5. Nobody calls us when a member joins or leaves, so we poll. A group is a
-        #    set: what is in only one of two lists has joined, or is gone. (A list does
-        #    not tell a member that left from one that crashed.) It may be ourselves.
+        #    set: who is in only one of two lists has joined, or is gone, be it we. (A
+        #    list does not tell a member that left from one that crashed.)
         say(f"5. watching for {seconds:g} s")
         acting = False
         for found, safe in polls(coordinator, group, me, members, lease, seconds):
@@ -118,13 +117,14 @@ def join_and_watch(url, me, group, seconds):
         with contextlib.suppress(*NOT_A_MEMBER):  # We were dropped: as good.
             coordinator.leave_group(group).get(LIMIT)
         say(f"6. left {group.decode()}")
-        # stop() waits for the heart, and the heart, perhaps, for a backend that hangs.
+        # stop() waits for the heart, and the heart, perhaps, for a backend that hangs:
+        # then wait() returns True after LIMIT, and we do without stop().
         if not coordinator.heart.wait(LIMIT):
             coordinator.stop()
 
 
 class Lease:
-    """Our lease of `seconds`: until `safe_until`, a time of now(), nobody drops us.
+    """Our lease of `seconds`: we rely on it until `safe_until`, a time of now().
 
     Tooz's heart renews it. Both are 0 until the first heartbeat has been sent.
     """
@@ -138,7 +138,7 @@ class Lease:
         The heart waits for half of that, or, if this raises an error, for a second.
         """
         # The lease may begin as soon as the heartbeat is sent, so we count from before.
-        # Two thirds are safe: some backends count whole seconds, and polls take a while.
+        # Two thirds are safe: memcached counts whole seconds, and polls take a while.
         sent = now()
         self.seconds = self.coordinator.heartbeat()
         self.safe_until = sent + self.seconds * 2 / 3
@@ -193,28 +193,28 @@ def refuse_taken_name(url, me, group):
     Call it before there is a coordinator: on memcached, our own heartbeats would keep
     a crashed client of this name listed. Raises what Tooz and its driver raise.
     """
-    # It asks under a name that no client can have. It joins nothing: no need to stop it.
+    # It asks under a name that no client has. It joins nothing: no need to stop it.
     observer = coordination.get_coordinator(url, me + b"?")
     observer.start()
     with contextlib.suppress(*NOT_A_MEMBER):
-        # This raises MemberNotJoined if our name has no entry, so that the leave below
-        # cannot hit a client that is just joining.
+        # This raises MemberNotJoined if our name has no entry yet, so that the leave
+        # below does not hit a client that is just joining.
         with contextlib.suppress(coordination.SerializationError):  # After a power cut.
             observer.get_member_capabilities(group, me).get(LIMIT)
         if me in observer.get_members(group).get(LIMIT):
             raise coordination.MemberAlreadyExist(group, me)
-        # An entry that is not listed: on files, a crash leaves it over, and we would be
-        # refused for ever. So we leave in its place.
+        # An entry that is not listed: on files, a client that crashed leaves it over,
+        # and we would be refused for ever. So we leave in its place.
         crashed = coordination.get_coordinator(url, me)
         crashed.start()
         crashed.leave_group(group).get(LIMIT)
 
 
 def catch_signals():
-    """Collect signals, and interrupt no call of Tooz. Only a second Ctrl-C kills us."""
+    """Collect signals, and interrupt no call of Tooz. A second Ctrl-C kills us."""
 
     def catch(number, _):
-        # One Ctrl-C may arrive twice: from the terminal, and from `timeout` or `uv`.
+        # One Ctrl-C may arrive twice: from the terminal, and passed on by `timeout`.
         if now() > signals.setdefault(number, now()) + 0.5 and number == signal.SIGINT:
             end_by(number)
 

@@ -21,8 +21,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPT = ROOT / "tooz_join_group.py"
 README = (ROOT / "README.md").read_text()
-# Seconds to wait for what must come. Machines are slow, and no test is about speed.
-LIMIT = 60
+LIMIT = 60  # Seconds to wait for what must come: machines are slow.
 CLOCK = r"\d\d:\d\d:\d\d"
 GROUP = "group1"
 

@@ -71,8 +71,7 @@ def test_crash(backend, start):
     b.hit(signal.SIGKILL)
     crashed = time.monotonic()
     a.sees(f"{CLOCK} B gone, members: A\n")
-    # The last heartbeat was half a lease old at most, and servers count whole seconds. With
-    # the default lease of a server it would take 15 s at least.
+    # The last heartbeat was half a lease old; memcached counts seconds; 30 s would take 15.
     assert LEASE / 2 - 1.5 < time.monotonic() - crashed < 14
 
 
@@ -184,8 +183,7 @@ def test_stays_down(backend, start, way):
     """The wait ends, leaving takes 10 s at most, and that it may have failed is told."""
     a = start("A", backend.url(timeout=60), "--wait", "4", until=STARTS)
     getattr(backend, way)()
-    a.sees(LEFT[0], OUTAGE)
-    a.sees("if we are still listed, we are dropped when our lease expires\n")
+    a.sees(LEFT[0], OUTAGE, "if we are still listed, we are dropped when our lease")
     a.ends(1)
 
 
@@ -230,7 +228,6 @@ def test_ctrl_c_twice(backend, start, second_press):
         backend.resume()
         a.sees(LEFT[1])
     a.ends(-signal.SIGINT)
-    assert "error" not in a.transcript
 
 
 @on("files")
