@@ -92,8 +92,8 @@ def join_and_watch(url, me, group, seconds):
         say(f"4. {listing(members)}")
 
         # 5. Nobody calls us when a member joins or leaves, so we poll. A group is a
-        #    set: who is in only one of two lists has joined, or is gone, be it we. (A
-        #    list does not tell a member that left from one that crashed.)
+        #    set: whoever is in only one of two lists has joined or is gone, ourselves
+        #    included. (A list does not tell a member that left from one that crashed.)
         say(f"5. watching for {seconds:g} s")
         acting = False
         for found, safe in polls(coordinator, group, me, members, lease, seconds):

@@ -170,6 +170,13 @@ class Backend:
             return contextlib.nullcontext()
         return fasteners.InterProcessLock(self.folder / ".driver_lock")
 
+    def gateway(self):
+        """Return this backend as it is reached through a gateway: a connection to cut."""
+        port = free_port()
+        ends = f"--listen-addr 127.0.0.1:{port} --endpoints 127.0.0.1:{self.port}"
+        url = self.base.replace(str(self.port), str(port))
+        return Backend(url, f"etcd gateway start {ends}")
+
     def pause(self):
         suspend(self.server.process)
 

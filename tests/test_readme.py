@@ -122,11 +122,11 @@ def test_etcd(shell):
     while events.expect(["PUT", pexpect.TIMEOUT], timeout=2) == 1:  # Not yet watching.
         shell(a_joins.replace("clientA", "clientC")).leaves()
     b.leaves()
-    events.sees("DELETE\n", "tooz/groups/group1/clientB")
+    events.sees("DELETE\ntooz/groups/group1/clientB")
     b.types(b_joins.replace("\n", " &\n"))
-    events.sees("PUT\n", "tooz/groups/group1/clientB")
+    events.sees("PUT\ntooz/groups/group1/clientB")
     b.types("kill -9 %1\n")
-    events.sees("DELETE\n", "tooz/groups/group1/clientB")
+    events.sees("DELETE\ntooz/groups/group1/clientB")
 
 
 def test_memcached(shell):

@@ -68,7 +68,7 @@ def test_slow_heartbeat(member, clock, monkeypatch):
 
 
 def test_failed_heartbeat(member, clock, monkeypatch):
-    """It does not count."""
+    """A failed one does not count."""
     member.lease.heartbeat()
     clock.time = 1001
     monkeypatch.setattr(os, "utime", lambda path, _: os.stat(f"{path}/none"))
