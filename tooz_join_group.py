@@ -50,7 +50,7 @@ try:
 except ImportError as missing:
     sys.exit(f"{missing}. Try .venv/bin/python, or: pip install -r requirements.txt")
 
-POLL_EVERY = 0.125  # Seconds. A service may poll less often: ten times per lease.
+POLL_EVERY = 0.14  # Seconds. A service may poll less often: ten times per lease.
 LIMIT = 10  # Seconds for a get(). In a crowd, joins on memcached take several.
 URL = os.getenv("TOOZ_BACKEND_URL") or "etcd3+http://localhost"
 NOT_A_MEMBER = coordination.MemberNotJoined, coordination.GroupNotCreated

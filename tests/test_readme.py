@@ -10,6 +10,7 @@ import textwrap
 
 import pexpect
 import picture
+import port_for
 import pytest
 from conftest import CLOCK, README, SCRIPT, Program, free_port, on, wait_until
 from test_faults import STARTS, STOPS
@@ -76,6 +77,9 @@ class Shell(Program):
 def shell(programs, tmp_path):
     """Open terminals with shell(command, …), in a folder with the script."""
     ports = collections.defaultdict(free_port)
+    if "gw0" in os.environ.get("PYTEST_XDIST_WORKER", "gw0"):  # It may have the page's.
+        typed = (port for port in (2379, 11211) if not port_for.port_is_used(port))
+        ports.update({str(port): port for port in typed})
     (tmp_path / SCRIPT.name).symlink_to(SCRIPT)
 
     def shell(*texts, cwd=tmp_path):
