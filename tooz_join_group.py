@@ -184,7 +184,7 @@ def polls(coordinator, group, me, members, lease, seconds):
         yield members, safe_for > 0
 
 
-# --- Failures ---
+# --- Failures, input and output ---
 
 
 def refuse_taken_name(url, me, group):

@@ -1,4 +1,4 @@
-"""Measure what the script costs: `tests/run benchmark` prints the README's figures.
+"""Measure what the script costs: `tests/run benchmark` prints a table.
 
 It takes about ten minutes, and wants the machine to itself. The last two rows are tests
 that need as much time. If a limit is not kept, that is said, and the exit status is 1.
